@@ -1,0 +1,33 @@
+"""Everything that can be swapped. Importing this package makes every class here known by its short name."""
+
+from blocks import (
+    attention,
+    base,
+    gates,
+    heads,
+    mlp,
+    nextvit,
+    norms,
+    positions,
+    residual,
+    stems,
+    structure,
+    tnt,
+    transformer,
+)
+
+__all__ = [
+    "attention",
+    "base",
+    "gates",
+    "heads",
+    "mlp",
+    "nextvit",
+    "norms",
+    "positions",
+    "residual",
+    "stems",
+    "structure",
+    "tnt",
+    "transformer",
+]

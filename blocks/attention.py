@@ -1,0 +1,78 @@
+"""Multi-head self-attention, the default mixer of the standard encoder."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blocks.base import Grid, GateFactory, Mixer, Position, ScorePosition, Shape, Site, linear
+from blocks.gates import NoGate
+from blocks.positions import NetPosition
+
+
+def score_position(
+    position: Position, site: Site, at: Shape, heads: int, head_dim: int, keys: Grid
+) -> ScorePosition:
+    """What `position`, or the net's own for `NetPosition`, does to the scores of a mixer at `at`."""
+    return (site.position if isinstance(position, NetPosition) else position).scores(at, heads, head_dim, keys)
+
+
+class Attention(Mixer):
+    """Multi-head self-attention with one fused projection for queries, keys and values.
+
+    Args:
+        heads: number of heads; must divide the width.
+        qkv_bias: whether queries, keys and values have biases: yes in ViT and DeiT, no in TNT.
+        position: encoding on the scores (`RelativeBias`, `RoPE`), the net's by default.
+        gate: weighs the output's channels, behind the projection (T2T-ViT's SE).
+        attn_drop: dropout rate on the attention weights.
+        proj_drop: dropout rate on the output.
+
+    Raises:
+        BuildError: `heads` does not divide the width.
+
+    Source: arXiv 1706.03762; fused as in timm and facebookresearch/deit.
+    """
+
+    source = "ViT, arXiv 2010.11929; facebookresearch/deit"
+
+    def __init__(
+        self,
+        site: Site,
+        heads: int = 8,
+        qkv_bias: bool = False,
+        position: Position = NetPosition(),
+        gate: GateFactory = NoGate,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        dim = site.inp.dim
+        self.heads = heads
+        self.head_dim = site.divides(self, dim, heads, "heads")
+        self.qkv = linear(dim, 3 * dim, qkv_bias)
+        self.position = score_position(position, site, site.inp, heads, self.head_dim, site.inp.grid)
+        self.proj = linear(dim, dim)
+        self.gate = gate(dim)
+        self.per_token = self.gate.per_token
+        self.attn_drop = attn_drop
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, grid: Grid, rows: int | None = None) -> Tensor:
+        b, n, c = x.shape
+        if rows is None:
+            q, k, v = self.qkv(x).view(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+            q = self.position.rotate(q, grid)
+        else:
+            # Only prefix rows are wanted, which no encoding turns; keys and values are needed of every token.
+            bias = self.qkv.bias
+            q = F.linear(x[:, :rows], self.qkv.weight[:c], None if bias is None else bias[:c])
+            kv = F.linear(x, self.qkv.weight[c:], None if bias is None else bias[c:])
+            q = q.view(b, rows, self.heads, self.head_dim).transpose(1, 2)
+            k, v = kv.view(b, n, 2, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.position.bias(grid)
+        if bias is not None:
+            bias = bias[:, :, : q.shape[2]].to(q.dtype)
+        drop = self.attn_drop if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, self.position.rotate(k, grid), v, attn_mask=bias, dropout_p=drop)
+        return self.proj_drop(self.gate(self.proj(y.transpose(1, 2).reshape(b, -1, c))))

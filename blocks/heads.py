@@ -1,0 +1,104 @@
+"""Heads: final features to class logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from blocks.base import BuildError, Features, Shape, linear
+
+
+class Head(nn.Module, ABC):
+    """Final features to logits `(B, num_classes)`. Built with the features' shape and the number of classes.
+
+    Attributes:
+        reads: which parts of the features it reads: the net may skip the work for the others.
+    """
+
+    reads: ClassVar[frozenset[str]]
+    source: ClassVar[str] = ""
+
+    @abstractmethod
+    def forward(self, features: Features) -> Tensor: ...
+
+    def need_prefix(self, shape: Shape, count: int) -> None:
+        """Raises BuildError where fewer than `count` prefix tokens come in."""
+        if shape.prefix < count:
+            raise BuildError(
+                f"model.head: {type(self).__name__} reads {count} prefix token(s), the backbone gives {shape.prefix}; "
+                f"set prefix: {count} in its stem, put ClassToken into its pattern, or use AveragePoolHead"
+            )
+
+
+class ClassTokenHead(Head):
+    """A Linear on the first prefix token.
+
+    Raises:
+        BuildError: the backbone gives no prefix token.
+
+    Source: ViT, arXiv 2010.11929.
+    """
+
+    reads = frozenset({"prefix"})
+    source = "ViT, arXiv 2010.11929"
+
+    def __init__(self, shape: Shape, num_classes: int) -> None:
+        super().__init__()
+        self.need_prefix(shape, 1)
+        self.fc = linear(shape.dim, num_classes)
+
+    def forward(self, features: Features) -> Tensor:
+        assert features.prefix is not None
+        return self.fc(features.prefix[:, 0])
+
+
+class AveragePoolHead(Head):
+    """A Linear on the mean over the map; prefix tokens are not read.
+
+    Args:
+        drop: dropout rate before the Linear.
+
+    Source: Lin et al. 2013, arXiv 1312.4400.
+    """
+
+    reads = frozenset({"map"})
+    source = "Network in Network, arXiv 1312.4400"
+
+    def __init__(self, shape: Shape, num_classes: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(drop)
+        self.fc = linear(shape.dim, num_classes)
+
+    def forward(self, features: Features) -> Tensor:
+        return self.fc(self.drop(features.map.mean((2, 3))))
+
+
+class DistilledHead(Head):
+    """Two Linears, on the class and on the distillation token; the logits are their mean.
+
+    The mean of the logits is what the released code evaluates (the paper's text adds softmax outputs).
+
+    Raises:
+        BuildError: the backbone gives fewer than two prefix tokens.
+
+    Source: DeiT, arXiv 2012.12877, section 4; facebookresearch/deit models.py.
+    """
+
+    reads = frozenset({"prefix"})
+    source = "DeiT, arXiv 2012.12877; facebookresearch/deit"
+
+    def __init__(self, shape: Shape, num_classes: int) -> None:
+        super().__init__()
+        self.need_prefix(shape, 2)
+        self.fc = linear(shape.dim, num_classes)
+        self.fc_dist = linear(shape.dim, num_classes)
+
+    def forward(self, features: Features) -> Tensor:
+        assert features.prefix is not None
+        return (self.fc(features.prefix[:, 0]) + self.fc_dist(features.prefix[:, 1])) / 2
+
+
+HeadFactory = Callable[[Shape, int], Head]

@@ -1,0 +1,77 @@
+"""Activations and the feed-forward part of a block."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blocks.base import Act, ActFactory, FeedForward, Grid, Site, linear
+
+
+class GELU(Act):
+    """Gaussian error linear unit, the exact erf form that TNT, DeiT and T2T use (arXiv 1606.08415)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+
+class ReLU(Act):
+    """Rectified linear unit; Next-ViT's, since deployment runtimes run it fastest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+class SiLU(Act):
+    """Sigmoid linear unit, also called swish (arXiv 1702.03118)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+
+class Hardswish(Act):
+    """Piecewise linear form of swish (arXiv 1905.02244)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hardswish(x)
+
+
+def round_width(width: float, to: int) -> int:
+    """The multiple of `to` nearest to `width`, at least `to`, and never less than 0.9 of `width`.
+
+    Source: bytedance/Next-ViT classification/nextvit.py and, before it, MobileNet's channel rule.
+    """
+    rounded = max(to, int(width + to / 2) // to * to)
+    return rounded + to if rounded < 0.9 * width else rounded
+
+
+class Mlp(FeedForward):
+    """Two Linear layers with an activation between them, on each token.
+
+    Args:
+        ratio: hidden width, as a multiple of the width.
+        act: the activation.
+        drop: dropout rate behind each of the two layers.
+        round_to: the hidden width is rounded to a multiple of this (Next-ViT: 32).
+
+    Source: arXiv 2010.11929, section 3.1; with ReLU and rounding, the 1×1 convolutions of Next-ViT's MLP.
+    """
+
+    source = "ViT, arXiv 2010.11929"
+    per_token = True
+
+    def __init__(
+        self, site: Site, ratio: float = 4.0, act: ActFactory = GELU, drop: float = 0.0, round_to: int = 1
+    ) -> None:
+        super().__init__()
+        dim = site.inp.dim
+        hidden = int(dim * ratio) if round_to == 1 else round_width(dim * ratio, round_to)
+        if hidden < 1:
+            raise site.error(self, f"has no hidden width: {dim} × ratio {ratio}; give a ratio above {1 / dim:.3g}")
+        self.fc1 = linear(dim, hidden)
+        self.act = act()
+        self.fc2 = linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))

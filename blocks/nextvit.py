@@ -1,0 +1,298 @@
+"""Next-ViT's convolution block (NCB) and transformer block (NTB), with norm and activation as slots.
+
+Paper: arXiv 2207.05501. Code: bytedance/Next-ViT classification/nextvit.py. All 1×1 convolutions are Linear layers
+on the tokens of a channels_last map, which are a view. In the authors' code the keys of E-MHSA are means of
+sr² tokens that follow each other in raster order (not of a 2-D window), and the last N mod sr² tokens are dropped;
+so it is here, since the published weights need it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blocks.attention import score_position
+from blocks.base import (
+    ActFactory,
+    Block,
+    BuildError,
+    Features,
+    Grid,
+    Mixer,
+    NormFactory,
+    Position,
+    Shape,
+    Site,
+    linear,
+    to_map,
+    tokens,
+)
+from blocks.mlp import Mlp, ReLU, round_width
+from blocks.norms import BatchNorm
+from blocks.positions import NetPosition
+from blocks.residual import Residual, ResidualFactory
+
+SOURCE = "Next-ViT, arXiv 2207.05501; bytedance/Next-ViT"
+
+
+class MHCA(Mixer):
+    """Multi-head convolutional attention: a 3×3 convolution in groups (heads), norm, activation, and a Linear.
+
+    Works on maps without prefix tokens.
+
+    Args:
+        head_dim: channels of a group; must divide the width.
+        norm: the normalisation behind the convolution.
+        act: the activation behind the norm.
+
+    Raises:
+        BuildError: `head_dim` does not divide the width, or prefix tokens come in.
+
+    Source: arXiv 2207.05501, equation 2; bytedance/Next-ViT, class MHCA.
+    """
+
+    source = SOURCE
+
+    def __init__(
+        self, site: Site, head_dim: int = 32, norm: NormFactory = BatchNorm, act: ActFactory = ReLU
+    ) -> None:
+        super().__init__()
+        site.no_prefix(self)
+        dim = site.inp.dim
+        groups = site.divides(self, dim, head_dim, "head_dim")
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=groups, bias=False)
+        nn.init.trunc_normal_(self.conv.weight, std=0.02)
+        self.norm = norm(dim)
+        self.act = act()
+        self.proj = linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, grid: Grid, rows: int | None = None) -> Tensor:
+        return self.proj(tokens(self.act(self.norm.on_map(self.conv(to_map(x, grid))))))
+
+
+class EMHSA(Mixer):
+    """Efficient multi-head self-attention: keys and values are means of `sr_ratio²` tokens, normalised.
+
+    Works on maps without prefix tokens.
+
+    Args:
+        head_dim: channels of a head; must divide the width.
+        sr_ratio: `sr_ratio²` tokens make one key; 1 is plain attention with separate projections.
+        norm: the normalisation of the pooled tokens.
+        position: encoding on the scores, the net's by default.
+
+    Raises:
+        BuildError: `head_dim` does not divide the width, prefix tokens come in, fewer tokens come in than make one
+            key, or a position on scores meets keys that lie on no grid.
+
+    Source: arXiv 2207.05501, equation 5; bytedance/Next-ViT, class E_MHSA.
+    """
+
+    source = SOURCE
+
+    def __init__(
+        self,
+        site: Site,
+        head_dim: int = 32,
+        sr_ratio: int = 1,
+        norm: NormFactory = BatchNorm,
+        position: Position = NetPosition(),
+    ) -> None:
+        super().__init__()
+        site.no_prefix(self)
+        dim = site.inp.dim
+        self.head_dim, self.heads = head_dim, site.divides(self, dim, head_dim, "head_dim")
+        self.pool = sr_ratio**2
+        if site.inp.positions < self.pool:
+            raise site.error(
+                self, f"has {site.inp.positions} tokens here, too few for one key of sr_ratio {sr_ratio} "
+                f"({self.pool} tokens); use sr_ratio: {max(int(site.inp.positions**0.5) // 2, 1)}"
+            )  # fmt: skip
+        chosen = site.position if isinstance(position, NetPosition) else position
+        if self.pool > 1 and chosen.on_scores:
+            raise site.error(
+                self, f"cannot use {type(chosen).__name__} with sr_ratio {sr_ratio}: its keys are means of "
+                f"{self.pool} tokens in a row, which lie on no grid; give it sr_ratio: 1 or position: NoPosition"
+            )  # fmt: skip
+        self.position = score_position(chosen, site, site.inp, self.heads, head_dim, site.inp.grid)
+        self.q = linear(dim, dim)
+        self.k = linear(dim, dim)
+        self.v = linear(dim, dim)
+        self.norm = norm(dim) if self.pool > 1 else None
+        self.proj = linear(dim, dim)
+
+    def forward(self, x: Tensor, grid: Grid, rows: int | None = None) -> Tensor:
+        b, n, c = x.shape
+        y = x
+        if self.norm is not None:
+            count = n // self.pool
+            y = self.norm(x[:, : count * self.pool].reshape(b, count, self.pool, c).mean(2))
+        q, k, v = (
+            part.view(b, -1, self.heads, self.head_dim).transpose(1, 2) for part in (self.q(x), self.k(y), self.v(y))
+        )
+        q, k = self.position.rotate(q, grid), self.position.rotate(k, grid)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.position.bias(grid))
+        return self.proj(out.transpose(1, 2).reshape(b, n, c))
+
+
+class Downsample(nn.Module):
+    """Next-ViT's patch embedding in front of a block: mean over stride×stride, Linear to the new width, norm.
+
+    Where neither stride nor width changes it is the identity and has no parameters. Edge windows average only real
+    pixels.
+    """
+
+    def __init__(self, dim: int, out: int, stride: int, norm: NormFactory) -> None:
+        super().__init__()
+        self.stride = stride
+        same = stride == 1 and dim == out
+        self.proj = None if same else linear(dim, out, bias=False)
+        self.norm = None if same else norm(out)
+
+    def forward(self, map: Tensor) -> Tensor:
+        if self.proj is None or self.norm is None:
+            return map
+        if self.stride > 1:
+            map = F.avg_pool2d(map, self.stride, self.stride, ceil_mode=True)
+        return self.norm.on_map(to_map(self.proj(tokens(map)), (map.shape[2], map.shape[3])))
+
+
+def _reduced(site: Site, who: Block, dim: int) -> Shape:
+    """The shape behind a block that takes the offered stride; words and prefix stay as they are."""
+    h, w = site.inp.grid
+    if site.inp.prefix and dim != site.inp.dim:
+        raise site.error(
+            who, f"changes the width from {site.inp.dim} to {dim}, but {site.inp.prefix} prefix token(s) of width "
+            f"{site.inp.dim} come along; put ClassToken behind it"
+        )  # fmt: skip
+    return replace(site.inp, dim=dim, grid=(-(-h // site.stride), -(-w // site.stride)))
+
+
+class NCB(Block):
+    """Next-ViT's convolution block: patch embedding (takes stride and width), MHCA, norm and MLP.
+
+    Prefix tokens and words pass unchanged.
+
+    Args:
+        head_dim: channels of a head of the MHCA; must divide the width.
+        mlp_ratio: hidden width of the MLP, rounded to a multiple of 32.
+        norm: every normalisation in the block.
+        act: every activation in the block.
+        mixer_residual: how the MHCA's branch is added.
+        mlp_residual: how the MLP's branch is added.
+
+    Raises:
+        BuildError: `head_dim` does not divide the width, or the width changes while prefix tokens are there.
+
+    Source: arXiv 2207.05501, section 3.2; bytedance/Next-ViT, class NCB.
+    """
+
+    source = SOURCE
+
+    def __init__(
+        self,
+        site: Site,
+        head_dim: int = 32,
+        mlp_ratio: float = 3.0,
+        norm: NormFactory = BatchNorm,
+        act: ActFactory = ReLU,
+        mixer_residual: ResidualFactory = Residual,
+        mlp_residual: ResidualFactory = Residual,
+    ) -> None:
+        super().__init__()
+        self.out = _reduced(site, self, site.dim)
+        here = replace(site, inp=replace(self.out, prefix=0), stride=1)
+        self.embed = Downsample(site.inp.dim, site.dim, site.stride, norm)
+        self.mixer = MHCA(here.inside("mixer"), head_dim, norm, act)
+        self.mixer_residual = mixer_residual(here)
+        self.norm = norm(site.dim)
+        self.mlp = Mlp(here.inside("mlp"), mlp_ratio, act, round_to=32)
+        self.mlp_residual = mlp_residual(here)
+
+    def forward(self, features: Features) -> Features:
+        map = self.embed(features.map)
+        grid = (map.shape[2], map.shape[3])
+        x = tokens(map)
+        x = self.mixer_residual(x, self.mixer(x, grid))
+        x = self.mlp_residual(x, self.mlp(tokens(self.norm.on_map(to_map(x, grid))), grid))
+        return features._replace(map=to_map(x, grid))
+
+
+class NTB(Block):
+    """Next-ViT's transformer block: E-MHSA on a share of the width, MHCA on the rest, then norm and MLP on both.
+
+    Prefix tokens and words pass unchanged.
+
+    Args:
+        head_dim: channels of a head, in both mixers.
+        sr_ratio: `sr_ratio²` tokens make one key of the E-MHSA.
+        shrink: share of the width that goes through the E-MHSA ("r" in the paper, mix_block_ratio in the code),
+            rounded to a multiple of 32; below 1, so that the MHCA gets at least one head.
+        mlp_ratio: hidden width of the MLP, rounded to a multiple of 32.
+        norm: every normalisation in the block.
+        act: every activation in the block.
+        position: encoding on the attention scores, the net's by default.
+        attn_residual: how the E-MHSA's branch is added; its drop-path rate is the block's times `shrink`.
+        conv_residual: how the MHCA's branch is added; its drop-path rate is the block's times 1 - `shrink`.
+        mlp_residual: how the MLP's branch is added.
+
+    Raises:
+        BuildError: `shrink` leaves a part without a whole number of heads, or the width changes while prefix tokens
+            are there.
+
+    Source: arXiv 2207.05501, section 3.3; bytedance/Next-ViT, class NTB.
+    """
+
+    source = SOURCE
+
+    def __init__(
+        self,
+        site: Site,
+        head_dim: int = 32,
+        sr_ratio: int = 1,
+        shrink: float = 0.75,
+        mlp_ratio: float = 2.0,
+        norm: NormFactory = BatchNorm,
+        act: ActFactory = ReLU,
+        position: Position = NetPosition(),
+        attn_residual: ResidualFactory = Residual,
+        conv_residual: ResidualFactory = Residual,
+        mlp_residual: ResidualFactory = Residual,
+    ) -> None:
+        super().__init__()
+        self.out = _reduced(site, self, site.dim)
+        attn = round_width(int(site.dim * shrink), 32)
+        conv = site.dim - attn
+        if conv < head_dim or conv % head_dim or attn % head_dim:
+            fits = [a / site.dim for a in range(32, site.dim, 32) if a % head_dim == 0 == (site.dim - a) % head_dim]
+            raise BuildError(
+                f"{site.where}: NTB with shrink {shrink} splits width {site.dim} into {attn} + {conv}, and both need "
+                f"whole heads of {head_dim}; shares that fit: {', '.join(f'{f:.3g}' for f in fits) or 'none'}"
+            )
+        here = replace(site, inp=replace(self.out, prefix=0), stride=1)
+        attn_site = replace(here, inp=replace(here.inp, dim=attn), dim=attn, drop_path=site.drop_path * shrink)
+        conv_site = replace(here, inp=replace(here.inp, dim=conv), dim=conv, drop_path=site.drop_path * (1 - shrink))
+        self.embed = Downsample(site.inp.dim, attn, site.stride, norm)
+        self.norm1 = norm(attn)
+        self.attn = EMHSA(attn_site.inside("attn"), head_dim, sr_ratio, norm, position)
+        self.attn_residual = attn_residual(attn_site)
+        self.project = Downsample(attn, conv, 1, norm)
+        self.conv = MHCA(conv_site.inside("conv"), head_dim, norm, act)
+        self.conv_residual = conv_residual(conv_site)
+        self.norm2 = norm(site.dim)
+        self.mlp = Mlp(here.inside("mlp"), mlp_ratio, act, round_to=32)
+        self.mlp_residual = mlp_residual(here)
+
+    def forward(self, features: Features) -> Features:
+        map = self.embed(features.map)
+        grid = (map.shape[2], map.shape[3])
+        x = tokens(map)
+        x = self.attn_residual(x, self.attn(tokens(self.norm1.on_map(map)), grid))
+        y = tokens(self.project(to_map(x, grid)))
+        y = self.conv_residual(y, self.conv(y, grid))
+        x = torch.cat([x, y], dim=2)
+        x = self.mlp_residual(x, self.mlp(tokens(self.norm2.on_map(to_map(x, grid))), grid))
+        return features._replace(map=to_map(x, grid))

@@ -1,0 +1,71 @@
+"""Normalisations as a slot: each works on tokens (last dimension) and on maps."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from blocks.base import Norm
+
+
+class LayerNorm(nn.LayerNorm, Norm):
+    """Layer normalisation over the channels of each token or map position.
+
+    Args:
+        eps: added to the variance. TNT and T2T use 1e-5, ViT and DeiT 1e-6.
+
+    Source: Ba et al. 2016, arXiv 1607.06450.
+    """
+
+    per_token = True
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__(dim, eps=eps)
+
+
+class RMSNorm(nn.RMSNorm, Norm):
+    """Root-mean-square normalisation over the channels, without a mean and without a bias.
+
+    Args:
+        eps: added to the mean square.
+
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+    """
+
+    per_token = True
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__(dim, eps=eps)
+
+
+class BatchNorm(Norm):
+    """Batch normalisation of each channel over batch and positions, with running statistics for evaluation.
+
+    Args:
+        eps: added to the variance.
+        momentum: share of the new batch in the running statistics.
+
+    Source: Ioffe and Szegedy 2015, arXiv 1502.03167.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        # A child, so that converting to SyncBatchNorm replaces it and leaves both of this class's forms.
+        self.bn = nn.BatchNorm2d(dim, eps=eps, momentum=momentum)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x.reshape(-1, x.shape[-1], 1, 1)).reshape(x.shape)
+
+    def on_map(self, map: Tensor) -> Tensor:
+        return self.bn(map)
+
+
+class NoNorm(Norm):
+    """No normalisation: the row of an ablation that goes without."""
+
+    per_token = True
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x

@@ -1,0 +1,60 @@
+"""The residual branch: everything that happens to a branch before it is added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from blocks.base import GateFactory, Site
+from blocks.gates import NoGate
+
+
+def drop_path(x: Tensor, rate: float) -> Tensor:
+    """Drops whole samples (first dimension) with probability `rate` and scales the others by 1 / (1 - rate).
+
+    Source: stochastic depth, arXiv 1603.09382, as timm's `drop_path`.
+    """
+    keep = 1.0 - rate
+    mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
+    return x * mask.div_(keep)
+
+
+class Residual(nn.Module):
+    """`x + drop_path(scale · layer_scale · gate(y))`, for tokens `(B, N, C)`.
+
+    Args:
+        scale: constant factor on the branch.
+        layer_scale: initial value of a learned factor for each channel; 0 makes none (arXiv 2103.17239).
+        gate: weighs the branch's channels, for example `TanhGate` for TNT's SE.
+
+    The drop-path rate is the site's.
+    """
+
+    def __init__(
+        self, site: Site, scale: float = 1.0, layer_scale: float = 0.0, gate: GateFactory = NoGate
+    ) -> None:
+        super().__init__()
+        self.gate = gate(site.inp.dim)
+        self.scale = scale
+        self.rate = site.drop_path
+        self.layer_scale = (
+            nn.Parameter(torch.full((site.inp.dim,), layer_scale)) if layer_scale else None
+        )
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        y = self.gate(y)
+        if self.layer_scale is not None:
+            y = y * self.layer_scale
+        if self.scale != 1.0:
+            y = y * self.scale
+        if self.training and self.rate > 0.0:
+            y = drop_path(y, self.rate)
+        return x + y
+
+    def extra_repr(self) -> str:
+        return f"drop_path={self.rate:.3g}" + (f", scale={self.scale}" if self.scale != 1.0 else "")
+
+
+ResidualFactory = Callable[[Site], Residual]

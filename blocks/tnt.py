@@ -1,0 +1,192 @@
+"""Transformer in transformer: words inside each token, an inner block for them, an outer block for the tokens.
+
+Paper: arXiv 2103.00112 (NeurIPS 2021). Code: huawei-noah/Efficient-AI-Backbones tnt_pytorch/tnt.py, and timm's
+models/tnt.py for the form of the first arXiv version ("legacy"). The code differs from the paper: words come from a
+convolution (equation 5 has a Linear), tokens start from their words (the paper: at zero), and the projection of
+words stands between two norms (equation 8 has none). This is the code's form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from blocks.base import (
+    Block,
+    BlockFactory,
+    BuildError,
+    Features,
+    NoPosition,
+    NormFactory,
+    Shape,
+    Site,
+    Words,
+    linear,
+    show_grid,
+    to_map,
+    token_parameter,
+    tokens,
+)
+from blocks.norms import LayerNorm
+from blocks.transformer import Encoder
+
+
+class TNT(Block):
+    """A transformer-in-transformer block: words through `inner`, their projection onto the tokens, `outer`.
+
+    `inner` sees the words of each token as a small map of their own `(B·N, c, √m, √m)`; any block that keeps shape
+    fits. `outer` sees map and prefix; any block that keeps the grid fits. A layer without an inner part, as the
+    paper's TNT-S-1…4 have, is an ordinary `Encoder` in the pattern: words pass through it.
+
+    Args:
+        inner: the block for words. Its number of heads must divide the word width.
+        outer: the block for tokens.
+        norm: the normalisations around the projection.
+        legacy: the form of the first arXiv version: norm over each word's channels, a bias, and no norm behind.
+
+    Raises:
+        BuildError: no words come in, they lie under another grid, or `inner` changes their shape.
+
+    Source: arXiv 2103.00112, section 3; huawei-noah/Efficient-AI-Backbones tnt_pytorch/tnt.py, class Block.
+    """
+
+    source = "TNT, arXiv 2103.00112; huawei-noah/Efficient-AI-Backbones; timm tnt (legacy)"
+
+    def __init__(
+        self,
+        site: Site,
+        inner: BlockFactory = Encoder,
+        outer: BlockFactory = Encoder,
+        norm: NormFactory = LayerNorm,
+        legacy: bool = False,
+    ) -> None:
+        super().__init__()
+        words = site.need_words(self)
+        inside = Shape(words.dim, words.grid)
+        self.inner = inner(
+            site.inside("inner", inp=inside, dim=words.dim, stride=1, position=site.word_position,
+                        word_position=NoPosition())
+        )  # fmt: skip
+        if self.inner.out != inside:
+            raise site.error(self, f"needs an inner block that keeps words as they are, {type(self.inner).__name__} "
+                                   f"gives width {self.inner.out.dim} on {show_grid(self.inner.out.grid)}")  # fmt: skip
+        dim, vector = site.inp.dim, words.count * words.dim
+        self.legacy = legacy
+        self.norm1_proj = norm(words.dim if legacy else vector)
+        self.proj = linear(vector, dim, bias=legacy)
+        self.norm2_proj = None if legacy else norm(dim)
+        self.outer = outer(site.inside("outer"))
+        self.word_grid = words.grid
+        self.out = replace(self.outer.out, words=words)
+
+    def keep(self, parts: frozenset[str]) -> frozenset[str]:
+        return self.outer.keep(parts) | {"words"}
+
+    def project(self, words: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`(B·N, m, c)` words to what they add to the map, `(B, d, H, W)`."""
+        if self.norm2_proj is None:
+            y = self.proj(self.norm1_proj(words).flatten(1))
+        else:
+            y = self.norm2_proj(self.proj(self.norm1_proj(words.flatten(1))))
+        return to_map(y.view(-1, grid[0] * grid[1], y.shape[-1]), grid)
+
+    def forward(self, features: Features) -> Features:
+        map, words = features.map, features.words
+        assert words is not None
+        words = tokens(self.inner(Features(to_map(words, self.word_grid))).map)
+        map = map + self.project(words, (map.shape[2], map.shape[3]))
+        return self.outer(features._replace(map=map))._replace(words=words)
+
+
+def split_patches(images: Tensor, side: int) -> Tensor:
+    """`(B, C, H, W)` to `(B·N, C, side, side)`: the patches that do not overlap, in raster order."""
+    b, c, h, w = images.shape
+    x = images.reshape(b, c, h // side, side, w // side, side)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, c, side, side)
+
+
+class SentenceStem(Block):
+    """Images to tokens ("sentences") and the words under each: TNT's embedding.
+
+    A 7×7 convolution on each patch by itself (its padding sees zeros at every patch border) gives the words; their
+    concatenation through norm, Linear, norm gives the token. Then positions are added at both levels.
+
+    Args:
+        patch: side of a patch in pixels; must divide the image.
+        words: number of words in a patch, a square.
+        word_dim: width of a word.
+        prefix: number of prefix tokens: 1 class token, 2 class and distillation token, 0 none.
+        norm: the normalisations around the projection.
+        drop: dropout rate on the tokens, behind the positions.
+        legacy: the form of the first arXiv version: the convolution runs over the whole image.
+
+    Raises:
+        BuildError: the patch does not divide the image, or the words are not a square that fits it.
+
+    Source: arXiv 2103.00112, equations 1 to 4; huawei-noah/Efficient-AI-Backbones, class PatchEmbed.
+    """
+
+    source = "TNT, arXiv 2103.00112; huawei-noah/Efficient-AI-Backbones; timm tnt (legacy)"
+    counts = False
+
+    def __init__(
+        self,
+        site: Site,
+        patch: int = 16,
+        words: int = 16,
+        word_dim: int = 24,
+        prefix: int = 1,
+        norm: NormFactory = LayerNorm,
+        drop: float = 0.0,
+        legacy: bool = False,
+    ) -> None:
+        super().__init__()
+        grid = patch_grid(self, site, patch)
+        side = round(words**0.5)
+        stride = -(-patch // side) if side else 0
+        if side < 1 or side * side != words or -(-patch // stride) != side:
+            fits = sorted({(-(-patch // s)) ** 2 for s in range(1, patch + 1)})
+            raise site.error(self, f"cannot lay {words} words into a patch of {patch} px; words that fit: {fits}")
+        self.patch, self.legacy = patch, legacy
+        self.conv = nn.Conv2d(site.inp.dim, word_dim, 7, stride=stride, padding=3)
+        under = Words(word_dim, (side, side), over=grid)
+        self.word_position = site.word_position.tokens(Shape(word_dim, under.grid))
+        self.norm1_proj = norm(words * word_dim)
+        self.proj = linear(words * word_dim, site.dim)
+        self.norm2_proj = norm(site.dim)
+        self.out = Shape(site.dim, grid, prefix, under)
+        self.prefix = token_parameter(1, prefix, site.dim) if prefix else None
+        self.position = site.position.tokens(self.out)
+        self.drop = nn.Dropout(drop)
+
+    no_decay = frozenset({"prefix"})
+
+    def forward(self, features: Features) -> Features:
+        images = features.map
+        b, _, h, w = images.shape
+        grid = (h // self.patch, w // self.patch)
+        if self.legacy:
+            assert self.out.words is not None
+            map = split_patches(self.conv(images), self.out.words.grid[0])
+        else:
+            map = self.conv(split_patches(images, self.patch))
+        words = tokens(self.word_position(map)[0])
+        x = self.norm2_proj(self.proj(self.norm1_proj(words.flatten(1))))
+        x = to_map(x.view(b, -1, x.shape[-1]), grid)
+        prefix = None if self.prefix is None else self.prefix.expand(b, -1, -1)
+        x, prefix = self.position(x, prefix)
+        x, prefix = self.drop(x), None if prefix is None else self.drop(prefix)
+        return features._replace(map=x, prefix=prefix, words=words)
+
+
+def patch_grid(who: Block, site: Site, patch: int) -> tuple[int, int]:
+    """The grid of patches on the map of `site`. Raises BuildError where `patch` does not divide it."""
+    h, w = site.inp.grid
+    if patch < 1 or h % patch or w % patch:
+        near = max(h // max(patch, 1), 1) * max(patch, 1)
+        raise BuildError(
+            f"{site.where}: {type(who).__name__} cannot cut {h}×{w} px into patches of {patch}; "
+            f"use a patch that divides {h} and {w}, or images of {near} or {near + patch} px"
+        )
+    return (h // patch, w // patch)

@@ -1,0 +1,85 @@
+"""The standard pre-norm transformer block, with every part a slot."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+
+from blocks.attention import Attention
+from blocks.base import (
+    PARTS,
+    Block,
+    Features,
+    MixerFactory,
+    MlpFactory,
+    NormFactory,
+    Site,
+    to_map,
+    tokens,
+)
+from blocks.mlp import Mlp
+from blocks.norms import LayerNorm
+from blocks.residual import Residual, ResidualFactory
+
+
+class Encoder(Block):
+    """`x ← residual(x, mixer(norm(x)))`, then `x ← residual(x, mlp(norm(x)))`, over prefix and map tokens.
+
+    Words pass unchanged. Where only the prefix of its output is read, queries, projection and MLP are computed for
+    the prefix alone, which gives the same prefix.
+
+    Args:
+        mixer: mixes the tokens.
+        mlp: works on each token.
+        norm: the normalisation before each of the two.
+        mixer_residual: how the mixer's branch is added (layer scale, gate, factor).
+        mlp_residual: how the MLP's branch is added.
+
+    Source: ViT, arXiv 2010.11929, equations 2 and 3; the slots follow MetaFormer, arXiv 2111.11418.
+    """
+
+    source = "ViT, arXiv 2010.11929; DeiT, arXiv 2012.12877; facebookresearch/deit"
+
+    def __init__(
+        self,
+        site: Site,
+        mixer: MixerFactory = Attention,
+        mlp: MlpFactory = Mlp,
+        norm: NormFactory = LayerNorm,
+        mixer_residual: ResidualFactory = Residual,
+        mlp_residual: ResidualFactory = Residual,
+    ) -> None:
+        super().__init__()
+        site.keeps_width(self)
+        self.norm1 = norm(site.inp.dim)
+        self.mixer = mixer(site.inside("mixer"))
+        self.mixer_residual = mixer_residual(site.inside("mixer_residual"))
+        self.norm2 = norm(site.inp.dim)
+        self.mlp = mlp(site.inside("mlp"))
+        self.mlp_residual = mlp_residual(site.inside("mlp_residual"))
+        self.prefix_only = False
+        self.out = site.inp
+
+    def keep(self, parts: frozenset[str]) -> frozenset[str]:
+        exact = (self.norm2, self.mixer, self.mixer_residual.gate, self.mlp, self.mlp_residual.gate)
+        alone = all(part.per_token for part in exact)
+        self.prefix_only = alone and self.out.prefix > 0 and "map" not in parts
+        return parts | {"map", "prefix"} if self.prefix_only else PARTS
+
+    def forward(self, features: Features) -> Features:
+        map, prefix = features.map, features.prefix
+        grid = (map.shape[2], map.shape[3])
+        x = tokens(map)
+        count = 0
+        if prefix is not None:
+            x, count = torch.cat([prefix, x], dim=1), prefix.shape[1]
+        y = self.norm1(x)
+        if self.prefix_only:
+            x = self.mixer_residual(cast(torch.Tensor, prefix), self.mixer(y, grid, rows=count))
+            return features._replace(prefix=self.mlp_residual(x, self.mlp(self.norm2(x), (0, 0))))
+        x = self.mixer_residual(x, self.mixer(y, grid))
+        x = self.mlp_residual(x, self.mlp(self.norm2(x), grid))
+        if prefix is None:
+            return features._replace(map=to_map(x, grid))
+        return features._replace(map=to_map(x[:, count:], grid), prefix=x[:, :count])

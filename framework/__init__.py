@@ -1,0 +1,1 @@
+"""Trains, studies, measures and shows what `blocks` composes. Importing this package imports nothing heavy."""
