@@ -21,7 +21,7 @@ Grid = tuple[int, int]
 PARTS = frozenset({"map", "prefix", "words"})
 
 
-class BuildError(ValueError):
+class BuildError(Exception):
     """A net that cannot be built as asked: one line that says where, what was got and what would be right."""
 
 

@@ -1,0 +1,117 @@
+"""The door to the class tree, which is the registry: list, find, and bring in classes from outside.
+
+Subclassing a base class is all that registering takes; there is no table of names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+ENTRY_POINTS = "tessera.plugins"
+
+
+def subclasses(base: type) -> Iterator[type]:
+    """Every imported class below `base`, each once, in the order of definition."""
+    seen: dict[type, None] = {}
+
+    def below(cls: type) -> None:
+        for sub in cls.__subclasses__():
+            if sub not in seen:
+                seen[sub] = None
+                below(sub)
+
+    below(base)
+    return iter(seen)
+
+
+def usable(base: type) -> dict[str, list[type]]:
+    """Public, concrete classes that may stand where `base` is asked for, by short name."""
+    found: dict[str, list[type]] = {}
+    for cls in (base, *subclasses(base)):
+        if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
+            found.setdefault(cls.__name__, []).append(cls)
+    return found
+
+
+def find(base: type, name: str) -> type:
+    """The class that `name`, short or a full import path, means where a `base` is asked for.
+
+    Raises:
+        LookupError: there is none, it is no `base`, it is abstract, or a short name is not unique; says so in one
+            line, without suggestions.
+    """
+    if "." in name:
+        module_name, _, attribute = name.rpartition(".")
+        try:
+            cls = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise LookupError(f"cannot import {name!r}: {error}") from error
+        if not isinstance(cls, type) or not issubclass(cls, base):
+            raise LookupError(f"{name!r} is no {base.__name__}")
+        if inspect.isabstract(cls):
+            raise LookupError(f"{name!r} is abstract: {', '.join(sorted(cls.__abstractmethods__))} missing")
+        return cls
+    found = usable(base).get(name, [])
+    if len(found) > 1:
+        paths = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in found)
+        raise LookupError(f"{name!r} means several classes; give the full path of one: {paths}")
+    if not found:
+        raise LookupError(f"unknown {base.__name__} {name!r}")
+    return found[0]
+
+
+def load_plugin(spec: str) -> ModuleType:
+    """Imports a plug-in: a Python file, whose folder is then importable too, or an import path.
+
+    Loading a file twice gives the module that is there.
+
+    Raises:
+        LookupError: there is no such file or module, or it fails while it is imported.
+    """
+    try:
+        if not spec.endswith(".py"):
+            return importlib.import_module(spec)
+        path = Path(spec).resolve()
+        if not path.is_file():
+            raise LookupError(f"no such file: {spec}")
+        present = sys.modules.get(path.stem)
+        if present is not None:
+            if getattr(present, "__file__", None) and Path(str(present.__file__)).resolve() == path:
+                return present
+            raise LookupError(f"{spec}: a module called {path.stem!r} is loaded already; rename the file")
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))
+        module_spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert module_spec is not None and module_spec.loader is not None
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[path.stem] = module
+        try:
+            module_spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[path.stem]
+            raise
+        return module
+    except LookupError:
+        raise
+    except Exception as error:  # a plug-in may fail in any way
+        raise LookupError(f"plug-in {spec} fails: {type(error).__name__}: {error}") from error
+
+
+def load_entry_points() -> None:
+    """Imports what installed packages offer under the entry-point group `tessera.plugins`.
+
+    Raises:
+        LookupError: one of them fails while it is imported.
+    """
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            point.load()
+        except Exception as error:  # a plug-in may fail in any way
+            raise LookupError(f"plug-in {point.value} fails: {type(error).__name__}: {error}") from error

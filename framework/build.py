@@ -1,0 +1,218 @@
+"""The composer: patterns and factories to a chain of blocks, each checked on the meta device before any is made.
+
+It knows no block by name and inserts nothing. A section offers its width and its stride; the stride is offered on
+along the pattern until a block takes it, which shows in the grid of its `out`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from blocks.base import Block, BlockFactory, BuildError, Features, NoPosition, Position, Shape, Site, show_grid
+from framework.pattern import expand
+
+
+@dataclass(frozen=True)
+class Section:
+    """A run of blocks that share width and stride: a stage of a pyramid, or the whole of an isotropic net.
+
+    Args:
+        where: config path, for messages.
+        pattern: which blocks, in the stacking language.
+        dim: width offered to its blocks.
+        stride: how much the map should shrink inside the section.
+        blocks: the factories that the pattern names.
+        dims: another width for some names.
+        entry: name of a block that runs before the pattern.
+    """
+
+    where: str
+    pattern: str
+    dim: int
+    stride: int = 1
+    blocks: Mapping[str, BlockFactory] = field(default_factory=dict)
+    dims: Mapping[str, int] = field(default_factory=dict)
+    entry: str = ""
+
+    def names(self) -> list[str]:
+        """The names of its blocks in order, the entry first."""
+        for name in self.dims:
+            if name not in self.blocks:
+                raise BuildError(f"{self.where}.dims: {name!r} is none of the blocks {', '.join(self.blocks)}")
+        names = expand(self.pattern, self.blocks.keys(), f"{self.where}.pattern")
+        if self.entry:
+            names = [*expand(self.entry, self.blocks.keys(), f"{self.where}.entry"), *names]
+        if not names:
+            raise BuildError(f"{self.where}.pattern is empty; name at least one of {', '.join(self.blocks) or 'blocks'}")
+        return names
+
+
+def compose(
+    sections: Sequence[Section],
+    shape: Shape,
+    *,
+    drop_path: float = 0.0,
+    position: Position = NoPosition(),
+    word_position: Position = NoPosition(),
+    depth: int = 0,
+    index: int = 0,
+) -> list[list[Block]]:
+    """The blocks of each section, on the current default device.
+
+    Twice over: first every block is made and run on the meta device, on the real output of the one before it, and
+    what it gives is compared with its `out`; then, with the net's depth known, all are made for real.
+
+    Args:
+        sections: what to build, in order.
+        shape: what comes in.
+        drop_path: rate of the last block; it grows linearly from 0 at the first (DeiT's and Next-ViT's rule).
+        position: the net's position encoding between tokens.
+        word_position: the net's position encoding between words.
+        depth: number of counting blocks in the whole net where these sections are only a part of it, else 0.
+        index: number of the first counting block in the whole net.
+
+    Raises:
+        BuildError: a block does not fit, or does not give what it declares; one line with the place and the fix.
+    """
+    with _quiet_meta():
+        planned = list(_chain(sections, shape, position, word_position, [0.0], check=True))
+    if not depth:
+        depth = sum(block.counts for _, block in planned)
+    rates = [drop_path * (i / max(depth - 1, 1)) for i in range(max(depth, 1))]
+    built: list[list[Block]] = [[] for _ in sections]
+    for (stage, block), (_, plan) in zip(
+        _chain(sections, shape, position, word_position, rates, check=False, depth=depth, index=index),
+        planned,
+        strict=True,
+    ):
+        if block.out != plan.out:
+            raise BuildError(f"{sections[stage].where}: {type(block).__name__} gives another shape on the meta device")
+        built[stage].append(block)
+    return built
+
+
+@contextmanager
+def _quiet_meta() -> Iterator[None]:
+    """New tensors are meta tensors, and nothing is drawn from the random generator of the caller."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+        yield
+
+
+def _chain(
+    sections: Sequence[Section],
+    shape: Shape,
+    position: Position,
+    word_position: Position,
+    rates: Sequence[float],
+    check: bool,
+    depth: int = 1,
+    index: int = 0,
+) -> Iterator[tuple[int, Block]]:
+    features = meta_features(shape) if check else None
+    for stage, section in enumerate(sections):
+        stride = section.stride
+        for place, name in enumerate(section.names()):
+            site = Site(
+                inp=shape,
+                dim=section.dims.get(name, section.dim),
+                stride=stride,
+                stage=stage,
+                place=place,
+                index=index,
+                depth=depth,
+                drop_path=rates[min(index, len(rates) - 1)],
+                where=f"{section.where}.blocks.{name}",
+                position=position,
+                word_position=word_position,
+            )
+            block = _make(section.blocks[name], site)
+            if features is not None:
+                features = check_block(block, features, f"{section.where}, block {place} '{name}'")
+            if block.out.grid != shape.grid:
+                stride = 1
+            shape = block.out
+            index += block.counts
+            yield stage, block
+        if stride > 1:
+            raise BuildError(
+                f"{section.where}: no block of {section.pattern!r} takes stride {stride}; put one first that shrinks "
+                "the map (ConvEmbed, Merge, NCB), or set stride: 1"
+            )
+
+
+def _make(factory: BlockFactory, site: Site) -> Block:
+    try:
+        block = factory(site)
+    except BuildError as error:
+        # Parts without a site (positions, heads) cannot say where they are.
+        if site.where and not str(error).startswith("model."):
+            raise BuildError(f"{site.where}: {error}") from None
+        raise
+    if not isinstance(getattr(block, "out", None), Shape):
+        raise BuildError(f"{site.where}: {type(block).__name__} does not set self.out, the Shape that it gives")
+    return block
+
+
+def meta_features(shape: Shape, batch: int = 2) -> Features:
+    """Empty features of `shape` on the meta device."""
+    words = shape.words
+    return Features(
+        map=torch.empty(batch, shape.dim, *shape.grid, device="meta", memory_format=torch.channels_last),
+        prefix=torch.empty(batch, shape.prefix, shape.dim, device="meta") if shape.prefix else None,
+        words=None
+        if words is None
+        else torch.empty(batch * words.over[0] * words.over[1], words.count, words.dim, device="meta"),
+    )
+
+
+def check_block(block: Block, features: Features, where: str) -> Features:
+    """Runs `block` on meta features and compares what comes out with its `out`.
+
+    Raises:
+        BuildError: its forward fails, or gives another shape than it declares.
+    """
+    name = type(block).__name__
+    got = f"map {_show(features.map)}" + "".join(
+        f", {part} {_show(value)}" for part in ("prefix", "words") if (value := getattr(features, part)) is not None
+    )
+    try:
+        out = block.eval()(features)
+    except Exception as error:  # a block from outside may fail in any way
+        lines = str(error).splitlines()
+        raise BuildError(
+            f"{where}: {name}.forward fails on {got}: {type(error).__name__}: {lines[0] if lines else ''}"
+        ) from error
+    if not isinstance(out, Features) or not isinstance(out.map, Tensor):
+        raise BuildError(f"{where}: {name}.forward must give Features, got {type(out).__name__}")
+    want = meta_features(block.out, features.map.shape[0])
+    for part in ("map", "prefix", "words"):
+        expected, found = getattr(want, part), getattr(out, part)
+        if (expected is None) != (found is None) or (expected is not None and expected.shape != found.shape):
+            stale = ""
+            if part == "prefix" and found is not None and found.shape[-1] != block.out.dim:
+                stale = " (the prefix kept the old width; put ClassToken behind the block that changes it)"
+            raise BuildError(
+                f"{where}: {name}.forward gives {part} {_show(found)}, but its out declares {_show(expected)}{stale}"
+            )
+    return out
+
+
+def _show(value: Tensor | None) -> str:
+    return "none" if value is None else f"({', '.join(map(str, value.shape))})"
+
+
+def describe_shape(shape: Shape) -> str:
+    """A shape in words: `384 × 14×14 + 1 prefix, 16 words of 24`."""
+    text = f"{shape.dim} × {show_grid(shape.grid)}"
+    if shape.prefix:
+        text += f" + {shape.prefix} prefix"
+    if shape.words:
+        text += f", {shape.words.count} words of {shape.words.dim}"
+    return text
+
+

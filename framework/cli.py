@@ -1,0 +1,161 @@
+"""The command line. Imports the standard library only, until a command needs more: `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+from typing import NoReturn
+
+from framework.errors import ConfigError, suggest
+
+SECTIONS = ("model", "data", "trainer", "seed", "name", "ablation")
+EXAMPLES = """\
+examples:
+  python cli.py fit --config experiments/ablation_pos.yaml        train every variant of a study, print its table
+  python cli.py fit --config experiments/base/tnt_digits.yaml --model.backbone.dim=96 --trainer.max_epochs=5
+  python cli.py plan --config experiments/ablation_hybrid.yaml    what a study would train
+  python cli.py describe --config experiments/zoo/next_vit_s.yaml params, MACs, levels, one line for each block
+  python cli.py blocks NTB                                        arguments, defaults and source of a class
+
+Everything in a config can be set by its dotted path: --model.backbone.stages.s3.pattern='ncb*10'.
+"""
+OVERRIDES = "Any value of the config can be set by its dotted path: --model.backbone.dim=96 --trainer.max_epochs 5"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors in one line and no abbreviations."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def parser() -> Parser:
+    """The parser of all commands and their options; dotted overrides are left over by it."""
+    main = Parser(
+        prog="cli.py",
+        description="Tessera: compose vision backbones of interchangeable blocks, compare them, believe the table.",
+        epilog=EXAMPLES,
+    )
+    commands = main.add_subparsers(dest="command", metavar="command")
+
+    def add(name: str, module: str, summary: str, config: bool = True) -> Parser:
+        command = commands.add_parser(
+            name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=OVERRIDES if config else None
+        )
+        command.set_defaults(module=module)
+        if config:
+            command.add_argument(
+                "--config", action="append", metavar="FILE", help="config file; may be given again, a later one wins"
+            )
+            command.add_argument(
+                "--plugins", action="append", default=[], metavar="FILE", help="Python file or import path to load first"
+            )
+        return command
+
+    fit = add("fit", "run", "train what the config describes: one run, or every cell of its ablation")
+    fit.add_argument("--ckpt_path", metavar="FILE", help="go on from this checkpoint")
+    fit.add_argument("--runs", default="runs", metavar="FOLDER", help="where run folders go (default: runs)")
+    fit.add_argument(
+        "--processes", type=int, default=0, metavar="N", help="cells of a study at a time (default: one for each core)"
+    )
+    for name, what in (("validate", "measure a checkpoint on the validation set"), ("test", "the same on the test set")):
+        command = add(name, "run", what)
+        command.add_argument("--ckpt_path", metavar="FILE", help="the weights (default: last.ckpt of the run folder)")
+    predict = add("predict", "run", "write the class probabilities of the test set as CSV")
+    predict.add_argument("--ckpt_path", metavar="FILE", help="the weights (default: last.ckpt of the run folder)")
+    predict.add_argument("--out", metavar="FILE", help="the CSV file (default: predictions.csv beside the checkpoint)")
+    plan = add("plan", "study", "build every cell of a study and print what would be trained")
+    plan.add_argument("--runs", default="runs", metavar="FOLDER", help="where run folders go (default: runs)")
+    report = add("report", "study", "print and write the table of a study folder", config=False)
+    report.add_argument("folder", help="folder of the study, for example runs/pos")
+    describe = add("describe", "show", "params, MACs, levels, and one line for each block of a net")
+    describe.add_argument("--json", action="store_true", help="as JSON")
+    blocks = add("blocks", "show", "the catalogue: every class that a config can name", config=False)
+    blocks.add_argument("name", nargs="?", help="one class: its arguments, defaults and source")
+    blocks.add_argument("--plugins", action="append", default=[], metavar="FILE", help="Python file or import path to load")
+    blocks.add_argument("--json", action="store_true", help="as JSON")
+    return main
+
+
+def split_overrides(rest: list[str], options: list[str]) -> dict[str, str]:
+    """What argparse left over, as dotted path to text: `--a.b=c` and `--a.b c`.
+
+    Raises:
+        ConfigError: something is neither an option nor the path of a config value.
+    """
+    found: dict[str, str] = {}
+    words = iter(rest)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            raise ConfigError(f"unexpected {word!r}; config values are set as --path.to.it=value")
+        path = name[2:]
+        if path.split(".")[0] not in SECTIONS:
+            near = suggest(name, [*options, *(f"--{section}" for section in SECTIONS)], limit=0)
+            raise ConfigError(f"no such option {name!r} ({near}; config values are set as --model.backbone.dim=96)")
+        if not equals:
+            follower = next(words, None)
+            if follower is None:
+                raise ConfigError(f"{name} needs a value: {name}=…")
+            value = follower
+        if path in found:
+            raise ConfigError(f"{name} is given twice")
+        found[path] = value
+    return found
+
+
+def quiet() -> None:
+    """Library warnings that tell a user of this program nothing."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    for text in (
+        ".*does not have many workers.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*srun.*command is available.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*lr_scheduler.step.*before.*optimizer.step.*",
+        ".*number of training batches.*smaller than the logging interval.*",
+        ".*deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message=text)
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command. Gives the exit code: 0, 2 for a mistake that a user can mend, 130 for Ctrl-C."""
+    try:
+        top = parser()
+        args, rest = top.parse_known_args(argv)
+        if args.command is None:
+            top.print_help()
+            return 0
+        if hasattr(args, "config"):
+            command = top._subparsers._group_actions[0].choices[args.command]  # type: ignore[union-attr, index]
+            args.settings = split_overrides(rest, list(command._option_string_actions))
+        elif rest:
+            raise ConfigError(f"unexpected {rest[0]!r}; see python cli.py {args.command} --help")
+        quiet()
+        return importlib.import_module(f"framework.commands.{args.module}").run(args) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if not is_users(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def is_users(error: Exception) -> bool:
+    """Whether an error is a user's to mend. A BuildError can only come from `blocks`, which is not imported here."""
+    base = sys.modules.get("blocks.base")
+    return isinstance(error, ConfigError) or (base is not None and isinstance(error, base.BuildError))

@@ -1,0 +1,260 @@
+"""Config documents: compose first (extends, files, overrides), validate each layer, resolve inheritance last.
+
+A document is plain data with the keys of `Document`. `compose` gives one before inheritance, so that a change over
+it still inherits; `resolve` gives the one that is built.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader
+
+from blocks import registry
+from framework.ablation.grid import Ablation
+from framework.errors import ConfigError, suggest
+from framework.walk import ABSENT, Walk
+
+Settings = Mapping[str, Any]
+
+
+@dataclass
+class Document:
+    """What a config file may hold.
+
+    Args:
+        model: the task with its backbone, head, objectives, optimizer and schedule.
+        data: the data module.
+        trainer: arguments of Lightning's Trainer.
+        seed: of weights, data order and augmentation.
+        name: of the run folder; the file's name by default.
+        plugins: Python files (relative to the config file) or import paths, loaded before anything is looked up.
+        ablation: the study that `fit` runs, in place of one run.
+    """
+
+    model: Any
+    data: Any
+    trainer: Any
+    seed: int = 0
+    name: str = ""
+    plugins: list[str] = field(default_factory=list)
+    ablation: Ablation | None = None
+
+
+def document_hints() -> dict[str, tuple[Any, Any]]:
+    """The type and the default of each key of a document. Imports Lightning."""
+    from lightning.pytorch import Trainer
+
+    import framework.optim  # registers optimizers and schedules
+    from framework.data import Digits, ImageData
+    from framework.tasks import Classification, Task
+    from framework.typed import REQUIRED, Arguments
+
+    return {
+        "name": (str, ""),
+        "seed": (int, 0),
+        "plugins": (list[str], REQUIRED),
+        "model": (Task, Classification),
+        "data": (ImageData, Digits),
+        "trainer": (Arguments(Trainer), REQUIRED),
+        "ablation": (Ablation, REQUIRED),
+    }
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """One file as plain data.
+
+    Raises:
+        ConfigError: there is no such file, it is no YAML, it holds no mapping, or it names a key twice.
+    """
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path()
+        near = suggest(path.name, (str(p.name) for p in folder.glob("*.y*ml")), limit=0) if path.parent.is_dir() else ""
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise ConfigError(f"{path}: {what}" + (f" ({near})" if near.startswith("did") else ""))
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.compose(text, yaml.SafeLoader)
+        _refuse_twice(tree, path)
+        loaded = get_loader("yaml")(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{path}{at}: not readable as YAML: {problem}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: must hold a mapping with keys such as model and data, got {type(loaded).__name__}")
+    return loaded
+
+
+def _refuse_twice(node: yaml.Node | None, path: Path) -> None:
+    """YAML itself lets the second of two equal keys win, silently."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen and key.value != "<<":
+                    raise ConfigError(f"{path}, line {key.start_mark.line + 1}: {key.value!r} stands here twice")
+                seen.add(key.value)
+            _refuse_twice(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_twice(value, path)
+
+
+def layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """The layers of a file, what it extends first; each with its name.
+
+    Raises:
+        ConfigError: a file cannot be read, or extends itself.
+    """
+    path = Path(os.path.normpath(path))
+    if path.resolve() in above:
+        raise ConfigError(f"{path}: extends itself through {' → '.join(p.name for p in above)}")
+    loaded = load_yaml(path)
+    bases = loaded.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: extends: expected a file or a list of files, got {bases!r}")
+    plugins = loaded.get("plugins", [])
+    if isinstance(plugins, str):
+        plugins = [plugins]
+    if isinstance(plugins, list) and plugins:
+        # Absolute, so that the run folder's config.yaml finds them too.
+        loaded["plugins"] = [
+            str((path.parent / p).resolve()) if isinstance(p, str) and p.endswith(".py") else p for p in plugins
+        ]
+    found: list[tuple[str, dict[str, Any]]] = []
+    for base in bases:
+        target = path.parent / base
+        if not target.is_file():
+            raise ConfigError(f"{path}: extends: no such file: {target}")
+        found += layers(target, (*above, path.resolve()))
+    return [*found, (str(path), loaded)]
+
+
+def nested(settings: Settings) -> dict[str, Any]:
+    """Dotted settings as one nested mapping. Raises ConfigError where one setting lies inside another's value."""
+    tree: dict[str, Any] = {}
+    for dotted, value in settings.items():
+        node = tree
+        *parents, last = str(dotted).split(".")
+        for name in parents:
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{dotted}: {name!r} is set as a whole beside it; set one or the other")
+        if last in node:
+            raise ConfigError(f"{dotted}: set twice")
+        node[last] = value
+    return tree
+
+
+def parse_value(text: str, where: str) -> Any:
+    """A value of the command line, as YAML reads it."""
+    try:
+        return get_loader("yaml")(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not readable as YAML: {text!r}: {getattr(error, 'problem', error)}") from None
+
+
+def merge_layer(document: dict[str, Any], layer: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """`layer` over `document`, canonical and checked.
+
+    Raises:
+        ConfigError: the first mistake in the layer.
+    """
+    hints = document_hints()
+    walk = Walk(source)
+    merged = dict(document)
+    for key, value in layer.items():
+        if key not in hints:
+            raise walk.error((str(key),), f"no such section ({suggest(str(key), [*hints, 'extends'])})")
+        if value is None:
+            merged.pop(key, None)
+            continue
+        hint, default = hints[key]
+        if key == "plugins":
+            value = [*merged.get(key, []), *(p for p in value if p not in merged.get(key, []))]
+        merged[key] = walk.merge(hint, merged.get(key, ABSENT), value, (key,), default)
+    return {key: merged[key] for key in hints if key in merged}
+
+
+def compose(files: Iterable[str | Path], settings: Settings = {}, plugins: Iterable[str] = ()) -> dict[str, Any]:
+    """Files, what they extend, and dotted settings over them, as one canonical document before inheritance.
+
+    Args:
+        files: config files; a later one goes over an earlier one.
+        settings: dotted path to value, such as {"model.backbone.dim": 192}; they go over all files.
+        plugins: Python files or import paths to load first.
+
+    Raises:
+        ConfigError: the first mistake, with its file and path.
+    """
+    found: list[tuple[str, dict[str, Any]]] = []
+    names = [Path(file) for file in files]
+    for path in names:
+        found += layers(path)
+    asked = [*plugins, *(p for _, layer in found for p in layer.get("plugins") or [] if isinstance(p, str))]
+    try:
+        registry.load_entry_points()
+        for plugin in asked:
+            registry.load_plugin(plugin)
+    except LookupError as error:
+        raise ConfigError(f"plugins: {error}") from error
+    document: dict[str, Any] = {}
+    for source, layer in found:
+        document = merge_layer(document, layer, source)
+    document = override(document, settings)
+    extra = [str(Path(p).resolve()) if p.endswith(".py") else p for p in plugins]
+    if extra:
+        document = merge_layer(document, {"plugins": extra}, "--plugins")
+    # What is left out stands in the document all the same, so that it can be overridden, read and run again.
+    document = merge_layer({}, {"name": names[-1].stem if names else "run", "seed": 0, "data": {}, "trainer": {}}, "") | (
+        document
+    )
+    return document
+
+
+def override(document: dict[str, Any], settings: Settings, where: str = "") -> dict[str, Any]:
+    """A new document with dotted settings over `document`.
+
+    Args:
+        document: a composed document.
+        settings: dotted path to value.
+        where: what to call the settings in messages; each option by default.
+
+    Raises:
+        ConfigError: the first mistake.
+    """
+    if not settings:
+        return document
+    return merge_layer(document, nested(settings), where or "--" + next(iter(settings)) if len(settings) == 1 else where)
+
+
+def resolve(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with all inheritance filled in, complete and checked: what is built.
+
+    Raises:
+        ConfigError: an argument is missing, or what inherits does not fit.
+    """
+    hints = document_hints()
+    walk = Walk(partial=False)
+    if "model" not in document:
+        raise ConfigError("model: nothing says what to train; name a config with --config")
+    return {
+        key: walk.inherit(hints[key][0], value, (key,)) for key, value in document.items() if key != "ablation"
+    }
+
+
+def dump(document: Mapping[str, Any]) -> str:
+    """A document as YAML; `load_yaml` reads it back as it was."""
+    return yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,125 @@
+"""Documents to objects. Everything is built through Lightning's parser, so that a checkpoint's hyper-parameters are
+plain data: it loads with `weights_only=True`, and `load_from_checkpoint` rebuilds the whole composed net."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any, TypeVar
+
+from framework.config import resolve
+from framework.data import ImageData
+from framework.errors import ConfigError
+from framework.tasks import Task
+from framework.walk import ARGS, LINKED
+
+# Lightning 2.6 makes calls that jsonargparse 4.49 deprecates.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+
+Made = TypeVar("Made")
+
+
+class Workbench(LightningCLI):
+    """Lightning's CLI over one complete document: no command line, no subcommands, nothing instantiated until asked.
+
+    Args:
+        document: a complete one (`complete`).
+    """
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        self.document = document
+        super().__init__(
+            Task,
+            ImageData,
+            run=False,
+            save_config_callback=None,
+            seed_everything_default=False,
+            auto_configure_optimizers=False,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_kwargs={"exit_on_error": False},
+        )
+
+    def add_core_arguments_to_parser(self, parser: Any) -> None:
+        """Only what the document holds. (Not required, instead, would make Unions, which swallow errors.)"""
+        parser.add_lightning_class_args(Trainer, "trainer")
+        if "model" in self.document:
+            parser.add_lightning_class_args(Task, "model", subclass_mode=True)
+        if "data" in self.document:
+            parser.add_lightning_class_args(ImageData, "data", subclass_mode=True)
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        sections = {key: deepcopy(self.document[key]) for key in ("model", "data", "trainer") if key in self.document}
+        sections["seed_everything"] = False
+        try:
+            self.config = parser.parse_object(sections, defaults=False)
+        except Exception as error:  # what the walk lets through, in jsonargparse's words
+            raise ConfigError(_one_line(str(error))) from error
+
+    def instantiate_classes(self) -> None:
+        """Nothing yet: a net is not needed to look at data, nor the other way round."""
+
+    def _part(self, key: str) -> Any:
+        part = Namespace()
+        part[key] = self.config[key]
+        return self.parser.instantiate_classes(part)[key]
+
+    def make_model(self) -> Task:
+        return self._part("model")
+
+    def make_data(self) -> ImageData:
+        return self._part("data")
+
+    def make_trainer(self, **arguments: Any) -> Trainer:
+        """The Trainer; `callbacks` among `arguments` go behind those of the document."""
+        given = dict(self._part("trainer") if self.config.get("trainer") else {})
+        callbacks = given.pop("callbacks", None) or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        arguments["callbacks"] = [*callbacks, *arguments.get("callbacks", [])]
+        return checked(lambda: Trainer(**{**given, **arguments}), "trainer")
+
+
+def _one_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:3])[:400]
+
+
+def checked(make: Callable[[], Made], where: str) -> Made:
+    """`make()`, with what a library raises about its arguments as a ConfigError at `where`."""
+    try:
+        return make()
+    except (ValueError, TypeError) as error:
+        if type(error) in (ValueError, TypeError):
+            raise ConfigError(f"{where}: {_one_line(str(error))}") from error
+        raise
+
+
+def complete(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved document with image and classes filled in from the data module: what `Workbench` takes.
+
+    Raises:
+        ConfigError: an argument is missing or wrong, or the data module cannot tell its image size or classes.
+    """
+    resolved = resolve(dict(document))
+    args = resolved["model"].setdefault(ARGS, {})
+    if any(key not in args for key in LINKED):
+        data = Workbench({"data": resolved["data"]}).make_data()
+        image = {"size": data.image.size, "channels": data.image.channels}
+        args.setdefault("image", image)
+        args.setdefault("num_classes", data.num_classes)
+    return resolved
+
+
+def build_model(document: Mapping[str, Any]) -> Task:
+    """The task of a composed document, with its net, on the current default device.
+
+    Raises:
+        ConfigError: the document is wrong.
+        BuildError: the net cannot be built as asked.
+    """
+    return Workbench(complete(document)).make_model()

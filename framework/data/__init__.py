@@ -1,0 +1,9 @@
+"""Data modules. torchvision and scikit-learn are imported only when a set of theirs is opened."""
+
+from framework.data.arrays import Npz
+from framework.data.base import Image, ImageData
+from framework.data.digits import Digits
+from framework.data.memory import MemoryData
+from framework.data.torchvision import Torchvision
+
+__all__ = ["Digits", "Image", "ImageData", "MemoryData", "Npz", "Torchvision"]

@@ -1,0 +1,149 @@
+"""Images from a .npz file, in MedMNIST's layout."""
+
+from __future__ import annotations
+
+import zipfile
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from framework.data.base import PURPOSES, Batch, Image, at_least, hold_out
+from framework.data.memory import MemoryData, resize, square, to_images
+from framework.errors import ConfigError, suggest
+
+
+class Npz(MemoryData):
+    """Images from a .npz file with the arrays train_images, train_labels, and optionally val_* and test_*.
+
+    Images are uint8 `(N, H, W)`, `(N, H, W, C)` or `(N, C, H, W)`, labels whole numbers `(N,)` or `(N, 1)`; an
+    array `class_names` may name the classes. Without val_* a stratified tenth of the training images validates;
+    without test_* the validation images test. MedMNIST's 2-D files for one label per image fit as they are.
+
+    Args:
+        path: the file.
+        size: height and width to resize to; 0 keeps the size in the file.
+        batch_size: images in a batch, on each device.
+        crop: random shift of training images by up to so many pixels.
+        flip: whether training images are mirrored at random.
+    """
+
+    def __init__(self, path: str, size: int = 0, batch_size: int = 64, crop: int = 0, flip: bool = False) -> None:
+        at_least(0, size=size)
+        super().__init__(path, batch_size, crop=crop, flip=flip)
+        self.path = Path(path).expanduser()
+        self.size = size
+
+    @property
+    def image(self) -> Image:
+        size, channels = self._layout
+        return Image(self.size or size, channels)
+
+    @cached_property
+    def num_classes(self) -> int:
+        most = max(int(self._labels(split).max()) for split in self._stored) + 1
+        names = self._names
+        if names and most > len(names):
+            raise self._error(f"class_names has {len(names)} names, but there are labels up to {most - 1}")
+        return len(names) or most
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._names or [str(label) for label in range(self.num_classes)]
+
+    def read(self, split: str) -> Batch:
+        size, _ = self._layout
+        held = "val" not in self._stored
+        if split == "test" and "test" not in self._stored:
+            split = "val"
+        stored = "train" if split == "val" and held else split
+        images, labels = self._array(f"{stored}_images"), self._labels(stored)
+        if held and stored == "train":
+            indices = hold_out(labels)[split == "val"]
+            images, labels = images[indices], labels[indices]
+        return resize(to_images(images), self.size or size), torch.from_numpy(labels)
+
+    def _error(self, message: str) -> ConfigError:
+        return ConfigError(f"data.path: {self.path}: {message}")
+
+    @cached_property
+    def _headers(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and type of every array in the file, without reading one."""
+        if not self.path.is_file():
+            folder = self.path.parent
+            if not folder.is_dir():
+                raise ConfigError(f"data.path: no file {self.path}: there is no folder {folder}")
+            near = suggest(self.path.name, (path.name for path in folder.glob("*.npz")))
+            raise ConfigError(f"data.path: no file {self.path.name} in {folder}; {near}")
+        headers = {}
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                for name in archive.namelist():
+                    with archive.open(name) as file:
+                        old = np.lib.format.read_magic(file) == (1, 0)
+                        read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+                        shape, _, dtype = read(file)
+                        headers[name.removesuffix(".npy")] = (shape, dtype)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise self._error(f"cannot be read as .npz: {error}") from error
+        return headers
+
+    def _array(self, name: str) -> np.ndarray:
+        try:
+            with np.load(self.path, allow_pickle=False) as arrays:
+                return arrays[name]
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise self._error(f"cannot read {name}: {error}") from error
+
+    @cached_property
+    def _stored(self) -> tuple[str, ...]:
+        """The splits in the file. Raises ConfigError where half of one, or the training images, are missing."""
+        there = self._headers
+        stored = tuple(s for s in PURPOSES if s == "train" or f"{s}_images" in there or f"{s}_labels" in there)
+        missing = [f"{s}_{part}" for s in stored for part in ("images", "labels") if f"{s}_{part}" not in there]
+        if missing:
+            raise self._error(f"has no {', no '.join(missing)}; there are: {', '.join(there) or 'no arrays at all'}")
+        return stored
+
+    @cached_property
+    def _layout(self) -> tuple[int, int]:
+        """Size and channels of the images in the file, after a look at the headers of all of its arrays."""
+        layouts = {}
+        for split in self._stored:
+            images, labels = f"{split}_images", f"{split}_labels"
+            shape, dtype = self._headers[images]
+            if not shape or not shape[0]:
+                raise ConfigError(f"data: {self.source} has no images for {PURPOSES[split]}: {images} is empty")
+            if dtype != np.uint8:
+                raise self._error(f"{images} has type {dtype}, must be uint8 with values 0..255")
+            layout = square(shape)
+            if layout is None:
+                size = "×".join(str(n) for n in shape[1:])
+                raise self._error(f"{images} are {size}, must be square: (N, H, W), (N, H, W, C) or (N, C, H, W)")
+            layouts[images] = layout
+            self._check_labels(labels, shape[0], images)
+        if len(set(layouts.values())) > 1:
+            shown = ", ".join(f"{name} {size}×{size}×{channels}" for name, (size, channels) in layouts.items())
+            raise self._error(f"the splits must have the same size and channels, got {shown}")
+        return layouts["train_images"]
+
+    def _check_labels(self, labels: str, count: int, images: str) -> None:
+        shape, dtype = self._headers[labels]
+        if dtype.kind not in "iu":
+            raise self._error(f"{labels} has type {dtype}, must be integers")
+        if shape[1:] not in ((), (1,)) or not shape:
+            raise self._error(f"{labels} has shape {shape}, must be (N,) or (N, 1): one class for each image")
+        if shape[0] != count:
+            raise self._error(f"{shape[0]} {labels}, but {count} {images}; there must be as many")
+
+    def _labels(self, split: str) -> np.ndarray:
+        _ = self._layout  # the headers must be right before an array is read
+        labels = self._array(f"{split}_labels").reshape(-1).astype(np.int64)
+        if labels.min() < 0:
+            raise self._error(f"{split}_labels has {labels.min()}, must be 0 or more")
+        return labels
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [str(name) for name in self._array("class_names")] if "class_names" in self._headers else []

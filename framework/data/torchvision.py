@@ -1,0 +1,369 @@
+"""Any of torchvision's sets for image classification, by class name."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from framework.data.base import AUGMENT, Batch, Image, ImageSet, at_least, hold_out, seed_of
+from framework.data.memory import MemoryData, resize, square, to_images
+from framework.errors import ConfigError, suggest
+
+# Size (0: the images differ), channels and classes, so that a net can be planned before the files are there.
+KNOWN = {
+    "MNIST": (28, 1, 10),
+    "FashionMNIST": (28, 1, 10),
+    "KMNIST": (28, 1, 10),
+    "QMNIST": (28, 1, 10),
+    "USPS": (16, 1, 10),
+    "CIFAR10": (32, 3, 10),
+    "CIFAR100": (32, 3, 100),
+    "SVHN": (32, 3, 10),
+    "EuroSAT": (64, 3, 10),
+    "STL10": (96, 3, 10),
+    "PCAM": (96, 3, 2),
+    "OxfordIIITPet": (0, 3, 37),
+    "Flowers102": (0, 3, 102),
+    "Food101": (0, 3, 101),
+    "DTD": (0, 3, 47),
+    "FGVCAircraft": (0, 3, 100),
+    "StanfordCars": (0, 3, 196),
+    "GTSRB": (0, 3, 43),
+    "Caltech101": (0, 3, 101),
+    "SUN397": (0, 3, 397),
+    "Places365": (0, 3, 365),
+    "Imagenette": (0, 3, 10),
+    "ImageNet": (0, 3, 1000),
+}
+
+# Up to this size images are shifted and may live in memory; above it they are cut and scaled (DeiT's protocol).
+SMALL = 64
+
+# ImageNet's statistics, by channels; the grey ones are those of its luminance.
+MEAN = {3: (0.485, 0.456, 0.406), 1: (0.449,)}
+STD = {3: (0.229, 0.224, 0.225), 1: (0.226,)}
+
+# What a constructor's argument for the split is called, and the values that sets give it; the first that fits wins.
+SWITCHES = ("train", "split", "version")
+VALUES: dict[str, tuple[str, ...]] = {
+    "train": ("train", "trainval"),
+    "val": ("val", "valid", "validation", "2021_valid"),
+    "test": ("test",),
+}
+
+# Arguments of the sets that are not for `args`.
+OURS = ("self", "root", "download", "transform", "target_transform", "transforms", "args", "kwargs")
+
+
+class PictureSet(ImageSet):
+    """Some pictures of a torchvision data set. One's draws depend on the run's seed, the epoch and its index.
+
+    Args:
+        source: gives a PIL image and a class number for an index.
+        indices: which of them.
+        image: the size and channels to give.
+        transform: from a PIL image to a uint8 tensor; it draws from torch's global generator.
+    """
+
+    slow = True
+
+    def __init__(self, source: Any, indices: np.ndarray, image: Image, transform: Any) -> None:
+        super().__init__(torch.tensor(MEAN[image.channels]), torch.tensor(STD[image.channels]))
+        self.source = source
+        self.indices = indices
+        self.mode = "L" if image.channels == 1 else "RGB"
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def pixels(self, epoch: int, indices: list[int]) -> Batch:
+        pictures, targets = zip(*(self._one(epoch, index) for index in indices), strict=True)
+        return torch.stack(pictures), torch.tensor(targets)
+
+    def _one(self, epoch: int, index: int) -> tuple[Tensor, int]:
+        picture, target = self.source[int(self.indices[index])]
+        before = torch.get_rng_state()
+        # Not torch.manual_seed: it would seed the accelerators' generators too, whose state nobody puts back.
+        torch.default_generator.manual_seed(seed_of(AUGMENT, epoch, index))
+        try:
+            return self.transform(picture.convert(self.mode)), int(target)
+        finally:
+            torch.set_rng_state(before)
+
+
+class Torchvision(MemoryData):
+    """A data set of torchvision, by its class name.
+
+    Where a set has no validation split, a stratified tenth of its training images validates; where it has no test
+    split, the validation images test. ImageFolder reads the folders train, val and test under root, or root itself.
+    Training images of up to 64 pixels are shifted, larger ones are cut out and scaled at random (to .08–1 of their
+    area); larger ones are validated on the centre of images enlarged by 1/0.875.
+
+    Args:
+        dataset: the class, such as CIFAR10, Flowers102, ImageNet or ImageFolder.
+        root: folder of the files.
+        size: height and width; 0 keeps that of the set, where all of its images have the same.
+        batch_size: images in a batch, on each device.
+        workers: processes that read images, for sets that do not live in memory.
+        download: whether to fetch the files where they are missing.
+        crop: random shift of training images of up to 64 pixels, by up to so many pixels.
+        flip: whether training images are mirrored at random; not for digits and letters.
+        args: further arguments of the class, such as `{split: letters}` for EMNIST.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        root: str = "data",
+        size: int = 0,
+        batch_size: int = 64,
+        workers: int = 2,
+        download: bool = False,
+        crop: int = 4,
+        flip: bool = True,
+        args: dict[str, Any] = {},  # noqa: B006 (only read)
+    ) -> None:
+        at_least(0, size=size)
+        super().__init__(dataset, batch_size, workers, crop, flip)
+        self.dataset = dataset
+        self.root = Path(root).expanduser()
+        self.size = size
+        self.download = download
+        self.args = args
+        self._opened: dict[str, Any] = {}
+        if dataset not in KNOWN:
+            _ = self._class  # a name that does not exist is an error here, not when training starts
+        elif not size and not args and not KNOWN[dataset][0]:
+            raise ConfigError(f"data.size: the images of {dataset} differ in size; give one, such as 224")
+
+    @property
+    def image(self) -> Image:
+        size, channels, _ = self._facts
+        return Image(self.size or size, channels)
+
+    @property
+    def num_classes(self) -> int:
+        return self._facts[2]
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        # ImageNet gives a tuple of synonyms for a class.
+        names = [name if isinstance(name, str) else name[0] for name in _names(self._open("train"))]
+        return names or [str(label) for label in range(self.num_classes)]
+
+    def prepare_data(self) -> None:
+        # One process downloads; the others find the files.
+        if self.download:
+            for split in VALUES:
+                self._open(split)
+
+    def read(self, split: str) -> Batch:
+        source, indices = self._part(split)
+        labels = _labels(source)
+        assert labels is not None, "a set without labels is not read in memory"
+        return resize(to_images(source.data)[indices], self.image.size), torch.from_numpy(labels[indices])
+
+    def build(self, split: str) -> ImageSet:
+        if self._in_memory:
+            return super().build(split)
+        return PictureSet(*self._part(split), self.image, self._transform(split == "train"))
+
+    @cached_property
+    def _class(self) -> Any:
+        import torchvision
+
+        if self.dataset not in torchvision.datasets.__all__:
+            near = suggest(self.dataset, torchvision.datasets.__all__)
+            raise ConfigError(f"data.dataset: torchvision has no data set {self.dataset!r}; {near}")
+        return getattr(torchvision.datasets, self.dataset)
+
+    @cached_property
+    def _parameters(self) -> dict[str, inspect.Parameter]:
+        """Arguments of the class and, as far as it passes them on as **kwargs, of those that it extends."""
+        found: dict[str, inspect.Parameter] = {}
+        for cls in self._class.__mro__:
+            if "__init__" in vars(cls):
+                own = inspect.signature(cls.__init__).parameters
+                found = {**own, **found}
+                if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in own.values()):
+                    break
+        return found
+
+    def _choices(self, split: str) -> list[dict[str, Any]]:
+        """The arguments that may give this split, best first; none where the set cannot have it."""
+        switch = next((name for name in SWITCHES if name in self._parameters), None)
+        train = split == "train"
+        if switch in self.args and train:
+            return [{}]
+        if switch in self.args and split == "val":
+            return []  # it may overlap with the split that `args` names
+        if switch == "train":
+            return [{"train": train}] if split != "val" else []
+        if switch:
+            default = self._parameters[switch].default
+            return [{switch: value} for value in (*VALUES[split], *([default] if train else []))]
+        # Without an argument for it, the split is a folder, or there is only one.
+        folder = self.root / "train"
+        if "root" in self._parameters and folder.is_dir() and any(path.is_dir() for path in folder.iterdir()):
+            return [{"root": self.root / name} for name in VALUES[split] if (self.root / name).is_dir()]
+        return [{}] if train else []
+
+    def _open(self, split: str) -> Any:
+        """torchvision's own set of this split, or None where there is none. Raises ConfigError where it is missing."""
+        if split not in self._opened:
+            self._opened[split] = self._construct(split)
+        return self._opened[split]
+
+    def _construct(self, split: str) -> Any:
+        allowed = [name for name in self._parameters if name not in OURS]
+        for name in self.args:
+            if name not in allowed:
+                raise ConfigError(f"data.args: {self.dataset} has no {name!r} to set here; {suggest(name, allowed)}")
+        common = dict(self.args)
+        if "root" in self._parameters:
+            common["root"] = self.root
+            if not self.root.is_dir() and not self.download:
+                raise self._not_found("there is no such folder")
+        if "download" in self._parameters:
+            common["download"] = self.download
+        elif self.download:
+            raise ConfigError(f"data.download: torchvision cannot fetch {self.dataset}; set download: false")
+        for choice in self._choices(split):
+            try:
+                source = self._class(**{**common, **choice})
+            except (TypeError, ValueError) as error:
+                # So torchvision says that it does not know a value; the set may call this split something else.
+                if any(f"for argument {name}." in str(error) for name in choice):
+                    continue
+                raise ConfigError(f"data.args: {self.dataset}: {error}") from error
+            except Exception as error:  # a missing or broken file may show as anything
+                raise self._not_found(str(error).splitlines()[0] if str(error) else repr(error)) from error
+            if split == "test" and len(source) and source[0][1] is None:
+                return None  # its labels are not public
+            self._check(source, split)
+            return source
+        if split == "train":
+            raise ConfigError(f"data.dataset: {self.dataset} has no split to train on that is known here")
+        return None
+
+    def _not_found(self, why: str) -> ConfigError:
+        why = "" if "download=True" in why else f" ({why})"
+        if self.download:
+            return ConfigError(f"data.download: {self.dataset} could not be fetched to {self.root}{why}")
+        can = " or set download: true" if "download" in self._parameters else ""
+        return ConfigError(f"data.root: no {self.dataset} under {self.root}; put it there{can}{why}")
+
+    def _check(self, source: Any, split: str) -> None:
+        """Raises ConfigError where these are not images with one class each, or classes differ from train's."""
+        from PIL.Image import Image as Picture
+
+        if not len(source):
+            return  # the caller's `split` has the message
+        picture, target = source[0]
+        if not isinstance(picture, Picture) or not isinstance(target, int | np.integer):
+            raise ConfigError(
+                f"data.dataset: {self.dataset} is not for image classification: it gives "
+                f"({type(picture).__name__}, {type(target).__name__}), must be an image and a class number"
+            )
+        if split != "train" and (differ := set(_names(source)) ^ set(_names(self._open("train")))):
+            raise ConfigError(
+                f"data.root: train and {split} have different classes under {self.root}: "
+                f"only one of them has {', '.join(sorted(map(str, differ))[:5])}"
+            )
+
+    def _part(self, split: str) -> tuple[Any, np.ndarray]:
+        """The set in which a split lies, and its indices there."""
+        source = self._open(split)
+        if split == "test":
+            return self._part("val") if source is None else (source, np.arange(len(source)))
+        if source is not None and self._open("val") is not None:
+            return source, np.arange(len(source))
+        train = self._open("train")
+        labels = _labels(train)
+        rest, held = hold_out(np.zeros(len(train)) if labels is None else labels)
+        return train, rest if split == "train" else held
+
+    @cached_property
+    def _facts(self) -> tuple[int, int, int]:
+        """Size, channels and classes: known ones, or what the files say."""
+        if self.dataset in KNOWN and not self.args:
+            return KNOWN[self.dataset]
+        source = self._open("train")
+        if not len(source):
+            raise ConfigError(f"data: {self.source} has no images for training")
+        pictures = [source[index][0] for index in np.linspace(0, len(source) - 1, min(len(source), 8)).astype(int)]
+        sizes = sorted({picture.size for picture in pictures})
+        if not self.size and (len(sizes) > 1 or sizes[0][0] != sizes[0][1]):
+            shown = ", ".join(f"{height}×{width}" for width, height in sizes)
+            raise ConfigError(
+                f"data.size: the images of {self.dataset} do not share one square size ({shown}); give one, such as 224"
+            )
+        channels = 1 if all(picture.mode in ("1", "L") for picture in pictures) else 3
+        return sizes[0][0], channels, self._count(source)
+
+    def _count(self, source: Any) -> int:
+        """The number of classes."""
+        if names := _names(source):
+            return len(names)
+        if isinstance(count := getattr(source, "num_classes", None), int):
+            return count
+        labels = _labels(source)
+        if labels is None:
+            raise ConfigError(f"data.dataset: {self.dataset} does not say how many classes it has")
+        return int(labels.max()) + 1
+
+    @cached_property
+    def _in_memory(self) -> bool:
+        source = self._open("train")
+        data = getattr(source, "data", None)
+        return (
+            self.image.size <= SMALL
+            and isinstance(data, np.ndarray | Tensor)
+            and data.dtype in (np.uint8, torch.uint8)
+            and square(tuple(data.shape)) is not None
+            and _labels(source) is not None
+        )
+
+    def _transform(self, train: bool) -> Any:
+        from torchvision.transforms import InterpolationMode, v2
+
+        size, cubic = self.image.size, InterpolationMode.BICUBIC
+        steps: list[Any]
+        if size <= SMALL:
+            steps = [v2.Resize(size, cubic), v2.CenterCrop(size)]
+            if train and self.crop:
+                steps.append(v2.RandomCrop(size, padding=self.crop))
+        elif train:
+            steps = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=cubic)]
+        else:
+            steps = [v2.Resize(int(size / 0.875), cubic), v2.CenterCrop(size)]
+        if train and self.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def _names(source: Any) -> list[Any]:
+    """The names of its classes, where a torchvision set has them."""
+    for name in ("classes", "categories", "all_categories"):
+        if found := getattr(source, name, None):
+            return list(found)
+    return []
+
+
+def _labels(source: Any) -> np.ndarray | None:
+    """All class numbers of a torchvision set, where they can be had without reading images."""
+    for name in ("targets", "labels", "_labels", "y", "_samples"):
+        found = getattr(source, name, ())
+        if name == "_samples":
+            found = [label for _, label in found]
+        labels = np.asarray(found)
+        if labels.shape == (len(source),) and labels.dtype.kind in "iu":
+            return labels.astype(np.int64)
+    return None

@@ -1,0 +1,89 @@
+"""What a net costs: parameters and multiply-accumulates, without data and without memory (on the meta device)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from blocks.base import PARTS, Shape
+from framework.backbones import Level
+from framework.construct import build_model
+from framework.tasks import Task
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block of a net: state-dict prefix, name in the pattern, class, what it gives, and what it costs."""
+
+    key: str
+    name: str
+    kind: str
+    out: Shape
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A net's cost for one image. `params` are the trainable ones; `macs` count convolutions and matrix products.
+
+    The published definition: the whole net, in eval mode, norms, activations, softmax and pooling not counted. What a
+    run skips because nobody reads it is counted too.
+    """
+
+    params: int
+    frozen: int
+    macs: int
+    image: tuple[int, int, int]
+    levels: list[Level]
+    blocks: list[BlockCost]
+
+
+def meta_model(document: Mapping[str, Any]) -> Task:
+    """The task of a document on the meta device. Raises what `build_model` raises."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return build_model(document)
+
+
+def cost(task: Task) -> Cost:
+    """The cost of a task's net; the task should be on the meta device, and is left in eval mode without gradients."""
+    trainable = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in task.parameters() if not p.requires_grad)
+    # Not under no_grad: torch then takes paths of attention that the counter does not know.
+    task.eval().requires_grad_(False)
+    task.backbone.keep(PARTS)
+    images = task.example()
+    with FlopCounterMode(display=False) as counter:
+        task(images)
+    task.backbone.keep(task.read_parts())
+    counts = counter.get_flop_counts()
+    root = type(task).__name__
+    blocks = [
+        BlockCost(
+            key=key,
+            name=name,
+            kind=type(block).__name__,
+            out=block.out,
+            params=sum(p.numel() for p in block.parameters()),
+            macs=sum(counts.get(f"{root}.backbone.{key}", {}).values()) // 2,
+        )
+        for key, name, block in task.backbone.steps()
+    ]
+    return Cost(
+        params=trainable,
+        frozen=frozen,
+        macs=counter.get_total_flops() // 2,
+        image=(images.shape[1], images.shape[2], images.shape[3]),
+        levels=task.backbone.levels,
+        blocks=blocks,
+    )
+
+
+def measure(document: Mapping[str, Any]) -> dict[str, int]:
+    """Trainable parameters and MACs of a document's net: `{params, macs}`."""
+    found = cost(meta_model(document))
+    return {"params": found.params, "macs": found.macs}

@@ -1,0 +1,26 @@
+"""The base of all tasks: what commands and studies rely on."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from framework.backbones import Backbone
+
+
+class Task(LightningModule):
+    """A LightningModule round a backbone.
+
+    Attributes:
+        backbone: the net under it.
+    """
+
+    backbone: Backbone
+
+    def read_parts(self) -> frozenset[str]:
+        """Which parts of the backbone's final features this task reads."""
+        raise NotImplementedError
+
+    def example(self, batch: int = 1) -> Tensor:
+        """Images of the size that the net was built for, on the net's device."""
+        raise NotImplementedError

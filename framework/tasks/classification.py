@@ -1,0 +1,117 @@
+"""Image classification."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from blocks.base import BuildError
+from blocks.heads import AveragePoolHead, HeadFactory
+from framework.backbones import BackboneFactory
+from framework.data.base import Image
+from framework.objectives import CrossEntropy, Objective, Step
+from framework.optim import AdamW, Cosine, Optimizer, Schedule
+from framework.tasks.base import Task
+
+
+class Classification(Task):
+    """One label for each image: a backbone, a head, and a sum of loss terms.
+
+    Logs, each epoch: `train/loss` and each loss term, `val/loss`, `val/acc1`, `val/acc5` (fractions), the same for
+    test, and `lr`.
+
+    Args:
+        backbone: the net.
+        image: size and channels of its images; from the data module where it is left out.
+        num_classes: number of classes; from the data module where it is left out.
+        head: final features to logits.
+        objectives: the loss terms by name; they are added up with their weights.
+        optimizer: how weights are updated.
+        schedule: how the learning rate changes.
+
+    Raises:
+        BuildError: the parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneFactory,
+        image: Image,
+        num_classes: int,
+        head: HeadFactory = AveragePoolHead,
+        objectives: dict[str, Objective] = {},  # noqa: B006 (read only)
+        optimizer: Optimizer = AdamW(),
+        schedule: Schedule = Cosine(),
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if num_classes < 2:
+            raise BuildError(f"model.num_classes: needs at least 2 classes, got {num_classes}")
+        self.image, self.num_classes = image, num_classes
+        self.backbone = backbone(image)
+        self.head = head(self.backbone.out, num_classes)
+        self.objectives = nn.ModuleDict(objectives or {"cross_entropy": CrossEntropy()})
+        self.backbone.keep(self.read_parts())
+        self.optimizer, self.schedule = optimizer, schedule
+        top5 = min(5, num_classes)
+        self.metrics = nn.ModuleDict(
+            {
+                f"{stage}_{name}": MulticlassAccuracy(num_classes, top_k=k, average="micro")
+                for stage in ("val", "test")
+                for name, k in (("acc1", 1), ("acc5", top5))
+            }
+        )
+
+    def read_parts(self) -> frozenset[str]:
+        return self.head.reads.union(*(cast(Objective, term).reads for term in self.objectives.values()))
+
+    def example(self, batch: int = 1) -> Tensor:
+        size, device = self.image.size, next(self.parameters()).device
+        return torch.zeros(batch, self.image.channels, size, size, device=device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, targets = batch
+        features = self.backbone(images)
+        step = Step(images, targets, features, self.head(features))
+        values = {name: term(step) for name, term in self.objectives.items()}
+        loss = torch.stack([cast(Objective, self.objectives[name]).weight * v for name, v in values.items()]).sum()
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
+        if len(values) > 1:
+            logged = {f"train/{name}": value for name, value in values.items()}
+            self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(images))
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+        images, targets = batch
+        logits = self(images)
+        self.log(f"{stage}/loss", nn.functional.cross_entropy(logits, targets), batch_size=len(images))
+        for name in ("acc1", "acc5"):
+            metric = cast(Any, self.metrics[f"{stage}_{name}"])
+            metric(logits, targets)
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "acc1", batch_size=len(images))
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0]).softmax(dim=1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer.build(self)
+        steps = int(self.trainer.estimated_stepping_batches)
+        epochs = self.trainer.max_epochs or 1
+        scheduler = self.schedule.build(optimizer, steps, epochs)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

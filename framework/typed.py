@@ -1,0 +1,128 @@
+"""What constructor signatures say: the types that a config is walked beside."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin
+
+REQUIRED = inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for a class: what it must be a subclass of, and the types that its parent calls it with."""
+
+    base: type
+    given: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument that a config can set: its type, and its default (`REQUIRED` where there is none)."""
+
+    hint: Any
+    default: Any = REQUIRED
+    inherits: str = ""
+
+
+class Arguments:
+    """A hint for a mapping of the arguments of one fixed class, such as the Trainer."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+
+
+def as_slot(hint: Any) -> Slot | None:
+    """The slot that a hint means: a factory `Callable[[…], Base]`, or a class that is no dataclass or builtin."""
+    if get_origin(hint) is Callable or get_origin(hint) is typing.get_origin(typing.Callable[[], int]):
+        given, base = get_args(hint) or ((), object)
+        if isinstance(base, type) and isinstance(given, list):
+            return Slot(base, tuple(given))
+        return None
+    plain = (int, float, str, bool, bytes, complex, type(None), dict, list, tuple, set, object)
+    if isinstance(hint, type) and hint not in plain and not dataclasses.is_dataclass(hint) and not get_args(hint):
+        return Slot(hint)
+    return None
+
+
+def union(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a Union, else the hint alone."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def allows_none(hint: Any) -> bool:
+    return hint is Any or type(None) in union(hint)
+
+
+@cache
+def arguments(cls: type, hidden: int = 0) -> Mapping[str, Argument]:
+    """What a config may set of `cls`: its constructor's arguments but the first `hidden`, or a dataclass's fields."""
+    try:
+        hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    except (NameError, TypeError, AttributeError):
+        hints = {}  # a class from outside whose annotations do not resolve: no types, but names
+    meta = {f.name: f.metadata for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    found: dict[str, Argument] = {}
+    for name, parameter in list(inspect.signature(cls).parameters.items())[hidden:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        default = parameter.default
+        if default is not REQUIRED and name in meta and type(default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS":
+            default = next(f.default_factory() for f in dataclasses.fields(cls) if f.name == name)  # type: ignore[misc]
+        inherits = meta.get(name, {}).get("inherits", "")
+        found[name] = Argument(hints.get(name, Any), default, inherits)
+    return found
+
+
+def takes_any(cls: type) -> bool:
+    """Whether the constructor has `**kwargs`."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
+
+
+def default_class(default: Any) -> type | None:
+    """The class that a slot's default means: a class itself, or the class of an instance such as `NoPosition()`."""
+    if default is REQUIRED or default is None:
+        return None
+    return default if isinstance(default, type) else type(default)
+
+
+def misfit(cls: type, slot: Slot) -> str:
+    """Why `cls` cannot be called as the factory of `slot`; empty where it can."""
+    parameters = list(inspect.signature(cls).parameters.values())
+    try:
+        hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    except (NameError, TypeError, AttributeError):
+        hints = {}
+    for i, given in enumerate(slot.given):
+        want = given.__name__ if isinstance(given, type) else str(given)
+        if i >= len(parameters) or parameters[i].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
+            return f"its constructor must take {want} as argument {i + 1}"
+        hint = hints.get(parameters[i].name, given)
+        if isinstance(given, type) and isinstance(hint, type) and hint is not given:
+            return f"its argument {i + 1}, {parameters[i].name}, must be {want}, not {hint.__name__}"
+    return ""
+
+
+def show(hint: Any) -> str:
+    """A type in a user's words: `int`, `[int, …]`, `{name: Block}`, `Norm`, `tokens | map`."""
+    slot = as_slot(hint)
+    if slot is not None:
+        return slot.base.__name__
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if len(union(hint)) > 1:
+        return " | ".join("null" if part is type(None) else show(part) for part in union(hint))
+    if origin in (list, tuple):
+        return f"[{show(args[0])}, …]" if origin is list or (len(args) == 2 and args[1] is ...) else (
+            f"[{', '.join(show(part) for part in args)}]"
+        )  # fmt: skip
+    if origin is dict:
+        return f"{{{'name' if args[0] is str else show(args[0])}: {show(args[1])}}}"
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

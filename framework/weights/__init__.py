@@ -1,0 +1,68 @@
+"""Published checkpoints into our models: `convert(read(path), target)`, one importer a family.
+
+An importer maps every key by its name. What it does not know, what is missing and what has another shape is an error;
+nothing is left out but tensors that no forward reads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from framework.errors import ConfigError
+from framework.weights import nextvit, tnt, vit
+from framework.weights.keys import Family, assemble
+
+FAMILIES: list[Family] = [tnt, vit, nextvit]
+
+
+def convert(state: Mapping[str, Tensor], target: Mapping[str, torch.Size], head: bool = True) -> dict[str, Tensor]:
+    """A published state dict, official or timm's, under the keys of one of our models.
+
+    Args:
+        state: the published weights.
+        target: keys and shapes of our model (`backbone.…`, `head.…`), in the order of its state dict.
+        head: False leaves out the classifier on both sides, for another number of classes.
+
+    Raises:
+        ConfigError: no family has such keys, or the weights do not fit the model; names the keys.
+    """
+    fitting = [family for family in FAMILIES if family.recognises(state)]
+    if len(fitting) != 1:
+        shown = ", ".join(list(state)[:4])
+        raise ConfigError(
+            f"no importer knows weights with the keys {shown}, …; families: {', '.join(f.NAME for f in FAMILIES)}"
+        )
+    if not head:
+        state = {key: value for key, value in state.items() if not re.match(r"(head|head_dist|proj_head)\\.", key)}
+        target = {key: shape for key, shape in target.items() if not key.startswith("head.")}
+    return assemble(fitting[0], state, target)
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a published file (.safetensors, or what `torch.save` wrote), without its wrappings.
+
+    Raises:
+        ConfigError: there is no such file, or no state dict in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no such weights file: {path}")
+    found: Any
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        found = load_file(path)
+    else:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    for wrapping in ("model", "state_dict"):
+        if isinstance(found, dict) and isinstance(found.get(wrapping), dict):
+            found = found[wrapping]
+    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ConfigError(f"{path} holds no state dict (a mapping from names to tensors)")
+    return {key.removeprefix("module."): value for key, value in found.items()}

@@ -1,0 +1,484 @@
+"""What every class that can be swapped must satisfy, in one place; tests/test_blocks.py runs it over the table.
+
+For a class of your own: `for check in BLOCK_CHECKS: check(MyBlock, Case(site, args))`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from blocks.base import (
+    PARTS,
+    Act,
+    Block,
+    BuildError,
+    Features,
+    FeedForward,
+    Gate,
+    Mixer,
+    Norm,
+    Position,
+    Shape,
+    to_map,
+    tokens,
+)
+from blocks.heads import Head
+from blocks.residual import Residual
+from tests.settings import Case
+
+CLASSES = 5
+
+
+def build(cls: type, case: Case, training: bool = False) -> Any:
+    """An object of `cls` at its row's place. Its weights, biases and statistics are all random, none zero or one."""
+    torch.manual_seed(0)
+    if issubclass(cls, (Norm, Gate)):
+        made = cls(case.site.inp.dim, **case.args)
+    elif issubclass(cls, Head):
+        made = cls(case.site.inp, CLASSES, **case.args)
+    elif issubclass(cls, (Act, Position)):
+        made = cls(**case.args)
+    else:
+        made = cls(case.site, **case.args)
+    if isinstance(made, nn.Module):
+        made.train(training)
+        randomise(made)
+    return made
+
+
+def randomise(module: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(std=0.1)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5)
+
+
+def features(shape: Shape, batch: int = 2, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Features:
+    """Random features of `shape`, the map in channels_last memory."""
+    torch.manual_seed(1)
+    new: dict[str, Any] = {"dtype": dtype, "device": device}
+    words = shape.words
+    return Features(
+        map=torch.randn(batch, shape.dim, *shape.grid, **new).contiguous(memory_format=torch.channels_last),
+        prefix=torch.randn(batch, shape.prefix, shape.dim, **new) if shape.prefix else None,
+        words=torch.randn(batch * words.over[0] * words.over[1], words.count, words.dim, **new) if words else None,
+    )
+
+
+def parts(given: Features) -> dict[str, Tensor]:
+    """The tensors that are there, by name."""
+    return {name: value for name in sorted(PARTS) if (value := getattr(given, name)) is not None}
+
+
+def read_all(given: Features) -> Tensor:
+    """A number that every entry of every part has a share in, each another one."""
+    torch.manual_seed(2)
+    return sum(((value * torch.randn_like(value)).sum() for value in parts(given).values()), torch.zeros(()))
+
+
+def assert_same(got: Features, want: Features, tolerance: float = 0.0, only: frozenset[str] = PARTS) -> None:
+    assert parts(got).keys() == parts(want).keys()
+    for name, value in parts(want).items():
+        if name in only:
+            torch.testing.assert_close(
+                parts(got)[name], value, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def assert_channels_last(map: Tensor, any_batch_stride: bool = False) -> None:
+    """By strides: at batch 1, `is_contiguous` also accepts maps after which a convolution returns NCHW."""
+    _, c, h, w = map.shape
+    want, got = (h * w * c, 1, w * c, c), map.stride()
+    assert got[1:] == want[1:], f"map {tuple(map.shape)} has strides {got}, channels_last are {want}"
+    assert any_batch_stride or got[0] == want[0], f"map {tuple(map.shape)} has strides {got}, dense are {want}"
+
+
+# ---- blocks
+
+
+def check_shapes(cls: type[Block], case: Case) -> None:
+    """Every part comes out as `out` declares."""
+    block = build(cls, case)
+    out, words = block.out, block.out.words
+    for batch in (1, 2):
+        got = {name: tuple(value.shape) for name, value in parts(block(features(case.site.inp, batch))).items()}
+        want = {"map": (batch, out.dim, *out.grid)}
+        if out.prefix:
+            want["prefix"] = (batch, out.prefix, out.dim)
+        if words:
+            want["words"] = (batch * words.over[0] * words.over[1], words.count, words.dim)
+        assert got == want
+
+
+def check_float64(cls: type[Block], case: Case) -> None:
+    """A float64 net stays in float64, and float32 gives the same to its precision."""
+    block = build(cls, case)
+    single = block(features(case.site.inp))
+    double = block.double()(Features(*(None if v is None else v.double() for v in features(case.site.inp)[:3])))
+    assert {value.dtype for value in parts(double).values()} == {torch.float64}
+    for name, value in parts(double).items():
+        torch.testing.assert_close(parts(single)[name].double(), value, rtol=1e-4, atol=1e-4)
+
+
+def check_autocast(cls: type[Block], case: Case) -> None:
+    """Under bfloat16 autocast the result is finite and near the float32 one, and gradients stay finite."""
+    block = build(cls, case)
+    want = block(features(case.site.inp))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = block(features(case.site.inp))
+    for name, value in parts(got).items():
+        assert value.dtype in (torch.bfloat16, torch.float32)
+        error = (value.float() - parts(want)[name]).norm() / parts(want)[name].norm()
+        assert error < 0.03, f"{name} is off by {error:.1%} in bfloat16"
+    loss = read_all(got)
+    if loss.requires_grad:
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
+
+
+def check_gradients(cls: type[Block], case: Case) -> None:
+    """A finite gradient reaches every parameter and every part that comes in."""
+    block = build(cls, case, training=True)
+    given = features(case.site.inp)
+    for value in parts(given).values():
+        value.requires_grad_()
+    read_all(block(given)).backward()
+    for name, tensor in [*block.named_parameters(), *parts(given).items()]:
+        assert tensor.grad is not None, f"no gradient reaches {name}"
+        assert tensor.grad.isfinite().all(), f"the gradient of {name} is not finite"
+        assert tensor.grad.any(), f"the gradient of {name} is zero"
+
+
+def check_eval_is_deterministic(cls: type[Block], case: Case) -> None:
+    """In evaluation nothing is drawn and nothing is kept from one call to the next."""
+    block = build(cls, case)
+    given = features(case.site.inp)
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    state = torch.get_rng_state()
+    first = block(given)
+    assert torch.equal(torch.get_rng_state(), state), "evaluation draws random numbers"
+    assert_same(block(given), first)
+    assert_same(given, features(case.site.inp))  # what came in was not changed in place
+    for name, value in block.state_dict().items():
+        assert torch.equal(value, before[name]), f"evaluation changes {name}"
+
+
+def check_passes(cls: type[Block], case: Case) -> None:
+    """What is not the block's business comes out as the very objects that came in."""
+    block = build(cls, case)
+    given = features(case.site.inp)
+    foreign = {"words": torch.randn(48, 4, 5), "prefix": torch.randn(2, 1, block.out.dim)}
+    given = given._replace(extra={"plug-in": torch.zeros(1)})
+    given = given._replace(**{n: v for n, v in foreign.items() if n in case.passes and getattr(given, n) is None})
+    out = block(given)
+    assert out.extra is given.extra, "the state of plug-ins is lost"
+    for name in case.passes:
+        assert getattr(out, name) is getattr(given, name), f"{name} should pass"
+
+
+def check_layout(cls: type[Block], case: Case) -> None:
+    """channels_last in, channels_last out, and a convolution behind the block gives channels_last too."""
+    block = build(cls, case).to(memory_format=torch.channels_last)
+    shape = case.site.inp
+    follower = nn.Conv2d(block.out.dim, 8, 3, padding=1).to(memory_format=torch.channels_last)
+    for batch in (1, 2):
+        given = features(shape, batch)
+        # the map as it is behind a block that ran with a prefix: the same numbers, another batch stride
+        wide = torch.zeros(batch, shape.positions + 1, shape.dim)
+        wide[:, 1:] = tokens(given.map)
+        results = [block(given), block(given._replace(map=to_map(wide[:, 1:], shape.grid)))]
+        assert_same(results[1], results[0], 1e-5)
+        for i, out in enumerate(results):
+            loose = i == 1 or block.out.prefix > 0
+            assert_channels_last(out.map, any_batch_stride=loose)
+            assert_channels_last(follower(out.map))
+
+
+def check_meta(cls: type[Block], case: Case) -> None:
+    """Builds and runs on the meta device, with the same parameters and shapes."""
+    real = build(cls, case)
+    with torch.device("meta"):
+        block = cls(case.site, **case.args).eval()
+    out = block(features(case.site.inp, device="meta"))
+    assert block.out == real.out
+    assert all(value.is_meta for value in [*block.state_dict().values(), *parts(out).values()])
+    assert {n: v.shape for n, v in block.state_dict().items()} == {n: v.shape for n, v in real.state_dict().items()}
+    want = {n: v.shape for n, v in parts(real(features(case.site.inp))).items()}
+    assert {n: v.shape for n, v in parts(out).items()} == want
+
+
+def check_copies(cls: type[Block], case: Case) -> None:
+    """deepcopy and pickle give an independent block that computes the same."""
+    block = build(cls, case)
+    given = features(case.site.inp)
+    want = block(given)
+    for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert_same(twin(given), want)
+        for parameter in twin.parameters():
+            parameter.data.zero_()
+    assert_same(block(given), want)
+
+
+def check_checkpointing(cls: type[Block], case: Case) -> None:
+    """Recomputed in the backward pass (use_reentrant=False), it gives the same gradients, random drops included."""
+    grads = []
+    for recompute in (False, True):
+        block = build(cls, case, training=True)
+        given = features(case.site.inp)
+        given.map.requires_grad_()
+        out = checkpoint(block, given, use_reentrant=False) if recompute else block(given)
+        assert isinstance(out, Features)
+        read_all(out).backward()
+        grads.append({"map": given.map.grad, **{n: p.grad for n, p in block.named_parameters()}})
+    for name, grad in grads[0].items():
+        assert torch.equal(grads[1][name], grad), f"checkpointing changes the gradient of {name}"
+
+
+def check_compile(cls: type[Block], case: Case) -> None:
+    """One graph without a break, which computes the same."""
+    torch._dynamo.reset()
+    block = build(cls, case)
+    given = features(case.site.inp)
+    assert_same(torch.compile(block, fullgraph=True, backend="eager")(given), block(given))
+
+
+def check_export(cls: type[Block], case: Case) -> None:
+    """Can be exported, saved and loaded, and computes the same."""
+    block = build(cls, case)
+    given = features(case.site.inp)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(block, (given,)), file)
+    file.seek(0)
+    out = torch.export.load(file).module()(given)
+    assert isinstance(out, Features)
+    assert_same(out, block(given), 1e-6)
+
+
+def check_keep(cls: type[Block], case: Case) -> None:
+    """Told that only one part of its output is read, it gives that part all the same, from the parts it then asks for.
+
+    In training too, where a norm or gate that looks at all tokens must not lose any.
+    """
+    for training in (False, True):
+        block = build(cls, case, training).double()
+        given = features(case.site.inp, dtype=torch.float64)
+        torch.manual_seed(3)
+        whole = block(given)
+        for part in parts(whole):
+            needed = block.keep(frozenset({part}))
+            assert needed <= PARTS
+            if training and case.site.drop_path:
+                continue  # skipping draws other random numbers
+            junk = {name: torch.randn_like(value) for name, value in parts(given).items() if name not in needed}
+            assert_same(block(given._replace(**junk)), whole, 1e-12, only=frozenset({part}))
+        block.keep(PARTS)
+        torch.manual_seed(3)
+        assert_same(block(given), whole)
+
+
+def check_no_decay(cls: type[Block], case: Case) -> None:
+    """Names that optimizers leave without weight decay are parameters (None where this row has none)."""
+    for path, module in build(cls, case).named_modules():
+        for name in getattr(module, "no_decay", ()):
+            value = getattr(module, name, "missing")
+            assert value is None or isinstance(value, nn.Parameter), f"{path}.{name} is in no_decay, but no parameter"
+
+
+def check_batch_order(cls: type[Block], case: Case) -> None:
+    """In evaluation a sample's result does not depend on the others, nor on its place among them."""
+    block = build(cls, case)
+    given = features(case.site.inp, batch=3)
+    order = torch.tensor([2, 0, 1])
+
+    def reorder(given: Features) -> Features:
+        mixed = {name: value.unflatten(0, (3, -1))[order].flatten(0, 1) for name, value in parts(given).items()}
+        return given._replace(**mixed)
+
+    assert_same(block(reorder(given)), reorder(block(given)), 1e-5)
+
+
+BLOCK_CHECKS: list[Callable[[type[Block], Case], None]] = [
+    check_shapes,
+    check_float64,
+    check_autocast,
+    check_gradients,
+    check_eval_is_deterministic,
+    check_passes,
+    check_layout,
+    check_meta,
+    check_copies,
+    check_checkpointing,
+    check_compile,
+    check_export,
+    check_keep,
+    check_no_decay,
+    check_batch_order,
+]
+
+
+# ---- parts of blocks
+
+
+def sample(case: Case, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Tokens `(2, P + N, C)` of a row's place."""
+    torch.manual_seed(1)
+    shape = case.site.inp
+    return torch.randn(2, shape.prefix + shape.positions, shape.dim, dtype=dtype)
+
+
+def check_module(module: nn.Module, *args: Any) -> Tensor:
+    """What every part satisfies: finite gradients everywhere, float64, copies. Gives its float64 output."""
+    out = module(*args)
+    out.sum().backward() if out.requires_grad else None
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+    module = pickle.loads(pickle.dumps(copy.deepcopy(module))).double()
+    out = module(*(a.double() if isinstance(a, Tensor) else a for a in args))
+    assert out.dtype == torch.float64
+    return out
+
+
+def check_mixer(cls: type[Mixer], case: Case) -> None:
+    """Keeps shape; with `rows`, gives just these, equal to the rows of the whole, where it says that it can."""
+    for training in (False, True):
+        mixer, x, grid = build(cls, case, training), sample(case), case.site.inp.grid
+        assert check_module(mixer, x, grid).shape == x.shape
+        mixer, x = mixer.double(), x.double()
+        if mixer.per_token and case.site.inp.prefix:
+            count = case.site.inp.prefix
+            torch.testing.assert_close(mixer(x, grid, rows=count), mixer(x, grid)[:, :count], rtol=0, atol=1e-12)
+
+
+def check_feed_forward(cls: type[FeedForward], case: Case) -> None:
+    """Keeps shape; rows can be had by themselves where it says so."""
+    for training in (False, True):
+        mlp, x, grid = build(cls, case, training), sample(case), case.site.inp.grid
+        assert check_module(mlp, x, grid).shape == x.shape
+        _check_per_token(mlp, lambda x, mlp=mlp, grid=grid: mlp(x, grid), x)
+
+
+def check_norm(cls: type[Norm], case: Case) -> None:
+    """Keeps shape; a map is normalised as its tokens are, without leaving channels_last."""
+    for training in (False, True):
+        norm, x = build(cls, case, training), sample(case)
+        assert check_module(norm, x).shape == x.shape
+        for batch in (1, 2):
+            given = features(case.site.inp, batch).map
+            out = norm.on_map(given)
+            assert_channels_last(out)
+            torch.testing.assert_close(tokens(out), norm(tokens(given)))
+        _check_per_token(norm, norm, x)
+
+
+def check_gate(cls: type[Gate], case: Case) -> None:
+    """Keeps shape; rows can be had by themselves where it says so."""
+    for training in (False, True):
+        gate, x = build(cls, case, training), sample(case)
+        assert check_module(gate, x).shape == x.shape
+        _check_per_token(gate, gate, x)
+
+
+def _check_per_token(part: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """`per_token` is an exact promise, and parts that cannot keep it do not give it."""
+    part.double()
+    x = x.double()
+    alone = torch.allclose(call(x[:, :2]), call(x)[:, :2], rtol=0, atol=1e-12)
+    if part.per_token:
+        assert alone, f"{type(part).__name__} says per_token, but its rows depend on the others"
+    elif part.training:
+        assert not alone, f"{type(part).__name__} could say per_token"
+
+
+def check_act(cls: type[Act], case: Case) -> None:
+    """Works on each number by itself."""
+    act, x = build(cls, case), sample(case)
+    out = check_module(act, x)
+    assert out.shape == x.shape
+    torch.testing.assert_close(act(x.double().flatten().flip(0)).flip(0), out.flatten())
+
+
+def check_head(cls: type[Head], case: Case) -> None:
+    """Gives `(B, classes)`, and reads only what it says."""
+    head, given = build(cls, case), features(case.site.inp)
+    logits = head(given)
+    assert logits.shape == (2, CLASSES)
+    assert set() < head.reads <= PARTS
+    unread = {name: torch.full_like(v, torch.nan) for name, v in parts(given).items() if name not in head.reads}
+    torch.testing.assert_close(head(given._replace(**unread)), logits, rtol=0, atol=0)
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in head.parameters())
+    if "prefix" in head.reads:
+        with pytest.raises(BuildError, match="prefix"):
+            cls(dataclasses.replace(case.site.inp, prefix=0), CLASSES)
+
+
+def check_position(cls: type[Position], case: Case) -> None:
+    """A frozen, comparable config object whose parts keep shape, dtype and memory layout, also on another grid."""
+    position = build(cls, case)
+    assert position == cls(**case.args)
+    assert hash(position) == hash(cls(**case.args))
+    assert dataclasses.is_dataclass(position)
+    for field in dataclasses.fields(position):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(position, field.name, 0)
+    at = case.site.inp
+    part = position.tokens(at)
+    scores = position.scores(at, heads=4, head_dim=at.dim // 4, keys=at.grid)
+    for shape in (at, dataclasses.replace(at, grid=(4, 7))):
+        for batch in (1, 2):
+            given = features(shape, batch)
+            map, prefix = part(given.map, given.prefix)
+            assert map.shape == given.map.shape
+            assert (prefix is None) == (given.prefix is None)
+            assert prefix is None or prefix.shape == given.prefix.shape
+            assert_channels_last(map)
+        n = shape.prefix + shape.positions
+        q = torch.randn(2, 4, n, at.dim // 4)
+        turned, bias = scores.rotate(q, shape.grid), scores.bias(shape.grid)
+        assert turned.shape == q.shape
+        assert turned.dtype == q.dtype
+        torch.testing.assert_close(turned.norm(dim=-1), q.norm(dim=-1))
+        assert bias is None or bias.shape == (1, 4, n, n)
+    assert position.on_scores == (scores.rotate(q, shape.grid) is not q or bias is not None)
+
+
+def check_residual(cls: type[Residual], case: Case) -> None:
+    """Adds the branch; drops whole samples in training only, at its site's rate, and scales what it keeps."""
+    residual = build(cls, case)
+    x, y = sample(case), sample(case).flip(0)
+    assert check_module(residual, x, y).shape == x.shape
+    branch = residual(x, y) - x
+    residual.train()
+    torch.manual_seed(4)
+    x, y = x[:1].expand(400, -1, -1), y[:1].expand(400, -1, -1)
+    share = (residual(x, y) - x).flatten(1) @ branch[0].flatten() / branch[0].square().sum()
+    rate = case.site.drop_path
+    kept = share > 0.5
+    torch.testing.assert_close(share[kept], torch.full_like(share[kept], 1 / (1 - rate)), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(share[~kept], torch.zeros_like(share[~kept]), rtol=0, atol=1e-4)
+    assert abs(1 - kept.float().mean() - rate) < 0.08
+
+
+PART_CHECKS: dict[type, Callable[[Any, Case], None]] = {
+    Mixer: check_mixer,
+    FeedForward: check_feed_forward,
+    Norm: check_norm,
+    Gate: check_gate,
+    Act: check_act,
+    Head: check_head,
+    Position: check_position,
+    Residual: check_residual,
+}

@@ -1,0 +1,201 @@
+"""One table: every class of the package `blocks` that a config can name, with a tiny place to stand and arguments.
+
+A class without a row makes tests/test_blocks.py fail. Grids are not square, so that a mixed-up height and width
+shows; widths fit Next-ViT's rounding to 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from timm.models.convnext import ConvNeXtBlock
+from timm.models.vision_transformer import Block as TimmBlock
+
+from blocks.attention import Attention
+from blocks.base import Act, Block, FeedForward, Gate, Mixer, NoPosition, Norm, Position, Site, Words
+from blocks.gates import SE, NoGate, SigmoidGate, TanhGate
+from blocks.heads import AveragePoolHead, ClassTokenHead, DistilledHead, Head
+from blocks.mlp import GELU, Hardswish, Mlp, ReLU, SiLU
+from blocks.nextvit import EMHSA, MHCA, NCB, NTB
+from blocks.norms import BatchNorm, LayerNorm, NoNorm, RMSNorm
+from blocks.positions import ConditionalPosition, LearnedPosition, NetPosition, RelativeBias, RoPE, SinCosPosition
+from blocks.residual import Residual
+from blocks.stems import ConvStem, PatchStem
+from blocks.structure import AddPosition, ClassToken, ConvEmbed, FromModule, Identity, MakeWords, Merge
+from blocks.tnt import TNT, SentenceStem
+from blocks.transformer import Encoder
+
+SLOTS: tuple[type, ...] = (Block, Mixer, FeedForward, Norm, Gate, Act, Head, Position, Residual)
+
+GRID = (6, 4)
+WORDS = Words(8, (2, 2), over=GRID)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: where a class stands and its arguments.
+
+    Args:
+        site: the whole of it for blocks and mixers; norms and gates are built with its width, heads and positions
+            with its `inp`.
+        args: the constructor's other arguments.
+        passes: parts of the features that the block must hand on untouched, given or not.
+        name: tells the rows of a class apart.
+    """
+
+    site: Site
+    args: Mapping[str, Any] = field(default_factory=dict)
+    passes: frozenset[str] = frozenset({"words"})
+    name: str = "default"
+
+
+def at(width: int = 32, grid: tuple[int, int] = GRID, **site: Any) -> Site:
+    return Site.at(width, grid, **site)
+
+
+def rows(*cases: tuple[str, Site, dict[str, Any]], passes: str = "words") -> list[Case]:
+    return [Case(site, args, frozenset(passes.split()), name) for name, site, args in cases]
+
+
+MAP = at()
+ONE, TWO = at(prefix=1), at(prefix=2)
+IMAGES = at(3, (32, 48), dim=32)
+NOTHING = rows(("default", MAP, {}))
+HEADS = partial(Attention, heads=4)
+SCALED = partial(Residual, layer_scale=0.1)
+GATED = partial(Residual, gate=TanhGate)
+ENCODER = partial(Encoder, mixer=HEADS)
+WORD_ENCODER = partial(Encoder, mixer=partial(Attention, heads=2))
+SCALED = partial(Residual, layer_scale=0.1)
+GATED = partial(Residual, gate=TanhGate)
+
+TABLE: dict[type, list[Case]] = {
+    # blocks
+    Encoder: rows(
+        ("map", MAP, {"mixer": HEADS}),
+        ("prefix", TWO, {"mixer": partial(HEADS, qkv_bias=True)}),
+        ("se", ONE, {"mixer": partial(HEADS, gate=SigmoidGate), "mlp_residual": GATED}),
+        ("batchnorm", ONE, {"mixer": HEADS, "norm": BatchNorm}),
+        ("bias", at(prefix=1, position=RelativeBias()), {"mixer": HEADS}),
+        ("rope", at(prefix=1, position=RoPE()), {"mixer": HEADS}),
+        ("drop_path", at(prefix=1, drop_path=0.3), {"mixer": HEADS, "mlp_residual": SCALED}),
+    ),
+    TNT: rows(
+        ("map", at(words=WORDS), {"inner": WORD_ENCODER, "outer": ENCODER}),
+        ("prefix", at(prefix=1, words=WORDS, word_position=RoPE()), {"inner": WORD_ENCODER, "outer": ENCODER}),
+        ("legacy", at(prefix=2, words=WORDS), {"inner": WORD_ENCODER, "outer": ENCODER, "legacy": True}),
+        ("se", at(prefix=1, words=WORDS), {"inner": WORD_ENCODER, "outer": partial(ENCODER, mlp_residual=GATED)}),
+        passes="",
+    ),
+    NCB: rows(
+        ("same", MAP, {}),
+        ("stride", at(32, (7, 5), stride=2, dim=64), {}),
+        ("layernorm", at(drop_path=0.3), {"norm": LayerNorm, "act": GELU, "head_dim": 16}),
+        ("residual", at(dim=64), {"mixer_residual": partial(Residual, gate=SigmoidGate, layer_scale=0.1)}),
+        passes="words prefix",
+    ),
+    NTB: rows(
+        ("sr", at(64, (7, 5)), {"sr_ratio": 2, "shrink": 0.5}),
+        ("stride", at(32, (7, 5), stride=2, dim=64), {"shrink": 0.5}),
+        ("bias", at(dim=64, position=RelativeBias()), {"shrink": 0.5, "norm": LayerNorm, "act": GELU}),
+        ("rope", at(64, drop_path=0.3, position=RoPE()), {"shrink": 0.5, "head_dim": 16}),
+        passes="words prefix",
+    ),
+    SE: rows(("map", MAP, {}), ("prefix", TWO, {"gate": TanhGate})),
+    PatchStem: rows(
+        ("plain", IMAGES, {"patch": 8}),
+        ("distilled", replace(IMAGES, position=LearnedPosition()), {"patch": 8, "prefix": 2, "norm": LayerNorm}),
+        ("map", replace(IMAGES, position=SinCosPosition()), {"patch": 8, "prefix": 0}),
+        passes="",
+    ),
+    SentenceStem: rows(
+        ("plain", IMAGES, {"patch": 8, "words": 4, "word_dim": 8}),
+        ("legacy", IMAGES, {"patch": 8, "words": 16, "word_dim": 8, "legacy": True, "prefix": 0}),
+        (
+            "positions",
+            replace(IMAGES, position=ConditionalPosition(), word_position=LearnedPosition()),
+            {"patch": 8, "words": 9, "word_dim": 8, "prefix": 2},
+        ),
+        passes="",
+    ),
+    ConvStem: rows(
+        ("plain", IMAGES, {"dims": (8, 16), "strides": (2, 2)}),
+        (
+            "odd",
+            at(3, (31, 45), dim=32, position=LearnedPosition()),
+            {"dims": (8, 16), "strides": (2, 2), "norm": LayerNorm, "act": GELU},
+        ),
+        passes="",
+    ),
+    Identity: rows(("map", MAP, {}), ("prefix", TWO, {}), passes="words prefix"),
+    ClassToken: rows(("first", MAP, {}), ("more", ONE, {"count": 2})),
+    AddPosition: rows(
+        ("learned", ONE, {"position": LearnedPosition()}),
+        ("sincos", TWO, {"position": SinCosPosition()}),
+        ("conditional", MAP, {"position": ConditionalPosition()}),
+        ("net", at(position=LearnedPosition()), {}),
+    ),
+    MakeWords: rows(
+        ("plain", ONE, {"words": 4, "word_dim": 8}),
+        ("position", at(word_position=LearnedPosition()), {"words": 4, "word_dim": 8, "norm": LayerNorm}),
+        passes="prefix",
+    ),
+    Merge: rows(("plain", at(stride=2, dim=64), {})),
+    ConvEmbed: rows(
+        ("patches", at(stride=2, dim=64), {}), ("overlap", at(32, (7, 5), stride=2, dim=64), {"kernel": 3})
+    ),
+    FromModule: [
+        *rows(("tokens", TWO, {"module": partial(TimmBlock, num_heads=4), "site_args": {"drop_path": "drop_path"}})),
+        *rows(("map", MAP, {"module": ConvNeXtBlock, "layout": "map"}), passes="words prefix"),
+    ],
+    # mixers and feed-forwards
+    Attention: rows(
+        ("plain", TWO, {"heads": 4}),
+        ("bias", ONE, {"heads": 4, "position": RelativeBias(), "qkv_bias": True}),
+        ("rope", ONE, {"heads": 4, "position": RoPE()}),
+        ("gate", ONE, {"heads": 4, "gate": SigmoidGate}),
+    ),
+    MHCA: rows(("plain", MAP, {}), ("layernorm", MAP, {"head_dim": 8, "norm": LayerNorm, "act": GELU})),
+    EMHSA: rows(
+        ("plain", MAP, {}),
+        ("sr", at(32, (7, 5)), {"sr_ratio": 2, "head_dim": 8}),
+        ("bias", MAP, {"head_dim": 8, "position": RelativeBias()}),
+    ),
+    Mlp: rows(("plain", TWO, {}), ("rounded", MAP, {"ratio": 1.6, "act": ReLU, "round_to": 32})),
+    # built with a width
+    LayerNorm: NOTHING,
+    RMSNorm: NOTHING,
+    BatchNorm: NOTHING,
+    NoNorm: NOTHING,
+    NoGate: NOTHING,
+    SigmoidGate: rows(("plain", MAP, {}), ("bias", MAP, {"reduction": 4, "bias": True})),
+    TanhGate: NOTHING,
+    # activations
+    GELU: NOTHING,
+    ReLU: NOTHING,
+    SiLU: NOTHING,
+    Hardswish: NOTHING,
+    # heads
+    ClassTokenHead: rows(("plain", ONE, {}), ("more", TWO, {})),
+    AveragePoolHead: rows(("plain", MAP, {}), ("prefix", ONE, {})),
+    DistilledHead: rows(("plain", TWO, {})),
+    # positions
+    NoPosition: NOTHING,
+    NetPosition: NOTHING,
+    LearnedPosition: rows(("prefix", TWO, {}), ("map", MAP, {"std": 0.1})),
+    SinCosPosition: rows(("prefix", ONE, {}), ("map", MAP, {"temperature": 100.0})),
+    ConditionalPosition: rows(("prefix", ONE, {}), ("wide", MAP, {"kernel": 5})),
+    RelativeBias: rows(("prefix", TWO, {}), ("map", MAP, {"std": 0.1})),
+    RoPE: rows(("prefix", ONE, {}), ("map", MAP, {"base": 100.0})),
+    # residuals
+    Residual: rows(
+        ("plain", MAP, {}),
+        ("all", at(drop_path=0.3), {"scale": 0.5, "layer_scale": 0.1, "gate": TanhGate}),
+    ),
+}
+
+UNPUBLISHED = {Identity, MakeWords, FromModule}
+"""Blocks of this project's own, which no paper describes; every other block and mixer names its source."""
