@@ -114,7 +114,7 @@ class MakeWords(Block):
 
     def __init__(self, site: Site, words: int = 4, word_dim: int = 24, norm: NormFactory = NoNorm) -> None:
         super().__init__()
-        side = round(words**0.5)
+        side = round(max(words, 0) ** 0.5)
         h, w = site.inp.grid
         if side < 1 or side * side != words or h % side or w % side:
             fits = [n * n for n in range(1, min(h, w) + 1) if h % n == 0 and w % n == 0]

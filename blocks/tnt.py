@@ -143,11 +143,13 @@ class SentenceStem(Block):
     ) -> None:
         super().__init__()
         grid = patch_grid(self, site, patch)
-        side = round(words**0.5)
-        stride = -(-patch // side) if side else 0
-        if side < 1 or side * side != words or -(-patch // stride) != side:
-            fits = sorted({(-(-patch // s)) ** 2 for s in range(1, patch + 1)})
-            raise site.error(self, f"cannot lay {words} words into a patch of {patch} px; words that fit: {fits}")
+        # the legacy convolution runs over all patches, so their words only meet if its stride divides the patch
+        fits = {(-(-patch // s)) ** 2: s for s in range(patch, 0, -1) if not (legacy and patch % s)}
+        if words not in fits:
+            raise site.error(
+                self, f"cannot lay {words} words into a patch of {patch} px; words that fit: {sorted(fits)}"
+            )
+        stride, side = fits[words], round(words**0.5)
         self.patch, self.legacy = patch, legacy
         self.conv = nn.Conv2d(site.inp.dim, word_dim, 7, stride=stride, padding=3)
         under = Words(word_dim, (side, side), over=grid)

@@ -152,8 +152,9 @@ class Walk:
             raise self.error(path, f"expected a mapping of names to {typed.show(value_hint)}, got {layer!r}")
         merged = dict(base) if isinstance(base, Mapping) else {}
         for key, value in layer.items():
-            if not isinstance(key, str):
+            if isinstance(key, bool) or not isinstance(key, str | int | float):
                 raise self.error(path, f"the key {key!r} is no name (YAML reads on, off, yes and no so: quote it)")
+            key = str(key)  # a number is a fine name
             if value is None and not typed.allows_none(value_hint):
                 if key not in merged:
                     raise self.error((*path, key), f"null takes away what is not there ({suggest(key, merged)})")

@@ -59,7 +59,8 @@ def build(cls: type, case: Case, training: bool = False) -> Any:
 def randomise(module: nn.Module) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            scale = 0.5 / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else 0.1
+            parameter.add_(torch.randn_like(parameter), alpha=scale)
         for name, buffer in module.named_buffers():
             if name.endswith("running_mean"):
                 buffer.normal_(std=0.1)

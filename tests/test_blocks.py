@@ -244,6 +244,8 @@ MISTAKES = [
     (EMHSA, at(position=RoPE()), {"sr_ratio": 2}, "lie on no grid"),
     (PatchStem, Site.at(3, 30, dim=32), {"patch": 16}, "cannot cut 30×30 px into patches of 16"),
     (SentenceStem, Site.at(3, 32, dim=32), {"patch": 16, "words": 5}, "cannot lay 5 words"),
+    (SentenceStem, Site.at(3, 32, dim=32), {"patch": 16, "words": 9, "legacy": True}, "fit: [1, 4, 16, 64, 256]"),
+    (MakeWords, at(), {"words": -1}, "cannot make -1 words"),
     (ConvStem, Site.at(3, 32, dim=32), {"dims": (8,)}, "one stride for each width"),
     (MakeWords, at(), {"words": 9}, "cannot make 9 words on a 6×4 map"),
     (Merge, at(32, (7, 5), stride=2), {}, "cannot join 2×2 neighbours on a 7×5 map"),

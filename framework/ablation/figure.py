@@ -9,6 +9,9 @@ from framework.ablation.tables import Row, Table
 
 OURS, SEEDS, PAPER, BASELINE = "#0b5394", "#7aa6d1", "#c55a11", "#888888"
 
+# How far seeds and published numbers lie beside the mean, in lines: under its bar they could not be seen.
+ASIDE = 0.2
+
 
 def draw(table: Table, path: Path) -> None:
     """Draws the table into a PNG file: one line per cell, so that long names stay readable."""
@@ -17,42 +20,46 @@ def draw(table: Table, path: Path) -> None:
 
     rows = table.rows
     scale = 100 if table.percent else 1
-    figure = Figure(figsize=(7.5, 1.6 + 0.42 * len(rows)), layout="constrained")
+    labels = [" / ".join(row.choices.values()) for row in rows]
+    size = (5.5 + 0.07 * max(len(label) for label in labels), 1.8 + 0.5 * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     measured = [(place, row) for place, row in enumerate(rows) if row.values]
-    for place, row in measured:
-        values = [scale * value for value in row.values.values()]
-        axes.plot(values, [place] * len(values), "o", color=SEEDS, markersize=4, zorder=2, label="one seed")
-        spread = 0 if math.isnan(row.std) else scale * row.std
-        axes.errorbar(
-            scale * row.mean,
-            place,
-            xerr=spread,
-            fmt="o",
-            color=OURS,
-            markersize=7,
-            capsize=4,
-            zorder=3,
-            label="mean ± std",
-        )
+    points = [(scale * value, place + ASIDE) for place, row in measured for value in row.values.values()]
+    axes.plot([x for x, _ in points], [y for _, y in points], "o", color=SEEDS, markersize=4, label="one seed")
+    axes.errorbar(
+        [scale * row.mean for _, row in measured],
+        [place for place, _ in measured],
+        xerr=[0 if math.isnan(row.std) else scale * row.std for _, row in measured],
+        fmt="o",
+        color=OURS,
+        markersize=7,
+        capsize=4,
+        label="mean ± std",
+    )
     for baseline in _baselines(table):
         axes.axvline(scale * baseline.mean, color=BASELINE, linestyle="--", linewidth=1, zorder=1, label="baseline")
     axes.set_xlabel(table.label)
-    axes.set_yticks(range(len(rows)), [" / ".join(row.choices.values()) for row in rows])
+    axes.set_yticks(range(len(rows)), labels)
     axes.set_ylabel(" / ".join(table.axes))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     if any(not math.isnan(row.published) for row in rows):
-        top = axes.twiny()
-        (handles["paper"],) = top.plot(
-            [row.published for row in rows], range(len(rows)), "D", color=PAPER, fillstyle="none", markersize=8
+        paper = axes.twiny()
+        paper.plot(
+            [row.published for row in rows],
+            [place - ASIDE for place in range(len(rows))],
+            "D",
+            color=PAPER,
+            fillstyle="none",
+            markersize=8,
+            label="paper",
         )
-        top.set_xlabel(table.paper, color=PAPER)
-        top.tick_params(axis="x", colors=PAPER)
+        paper.set_xlabel(table.paper, color=PAPER)
+        paper.tick_params(axis="x", colors=PAPER)
     figure.suptitle(table.title)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
 
 

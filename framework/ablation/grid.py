@@ -80,9 +80,7 @@ class Ablation:
         if not self.folder:
             raise ConfigError(f"ablation.name: got {self.name!r}, which names no folder")
         if not self.axes:
-            raise ConfigError(
-                "ablation.axes: nothing varies; give an axis, as word: {none: {…}, learned: {…}}"
-            )
+            raise ConfigError("ablation.axes: nothing varies; give an axis, as word: {none: {…}, learned: {…}}")
         for axis, values in self.axes.items():
             if not values:
                 raise ConfigError(f"ablation.axes.{axis}: has no values; give them as none: {{…}}, learned: {{…}}")

@@ -121,10 +121,7 @@ def _print_plan(ablation: Ablation, runs: list[Cell], measures: Measures, study:
 
     finished = sum(read_status(study / run.folder).state == "finished" for run in runs)
     shape = f"{len(measures)} cells × {len(ablation.seeds)} seeds"
-    lines = Lines(
-        title=Text(f"{ablation.name}: {len(runs)} runs ({shape}), {finished} of them finished"),
-        caption=Text(str(study)),
-    )
+    lines = Lines()
     for axis in ablation.axes:
         lines.add_column(Text(axis))
     for head in ("seeds", "params", "MACs"):
@@ -134,7 +131,11 @@ def _print_plan(ablation: Ablation, runs: list[Cell], measures: Measures, study:
         measured = measures[group]
         texts = [*choices.values(), seeds, tables.short(measured["params"]), tables.short(measured["macs"])]
         lines.add_row(*(Text(text) for text in texts))
-    tables.console().print(lines)
+    out = tables.console()
+    out.print(
+        Text(f"{ablation.name}: {len(runs)} runs ({shape}), {finished} of them finished, in {study}"), soft_wrap=True
+    )
+    out.print(lines)
 
 
 @contextmanager

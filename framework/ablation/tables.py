@@ -260,17 +260,19 @@ def show(study: Path) -> None:
 
     table = collect(study)
     made = columns(table)
-    lines = Lines(title=Text(table.title), caption=Text(table.source) if table.source else None)
+    lines = Lines()
     for column in made:
         lines.add_column(Text(column.head), justify="right" if column.number else "left")
     for place in range(len(table.rows)):
         lines.add_row(*(Text(c.texts[place], style="bold" if place in c.bold else "") for c in made))
+    failures = [f"failed: {failure}" for failure in table.failures]
+    paths = [str(path) for path in sorted([*study.glob("table.*"), *study.glob("figure.png")])]
     out = console()
+    # Beside the table and not its title and caption, which would be wrapped to its width.
+    out.print(Text(table.title, style="bold"), soft_wrap=True)
     out.print(lines)
-    for failure in table.failures:
-        out.print(Text(f"failed: {failure}"), soft_wrap=True)
-    for path in sorted([*study.glob("table.*"), *study.glob("figure.png")]):
-        out.print(Text(str(path)), soft_wrap=True)
+    for line in filter(None, [table.source, *failures, *paths]):
+        out.print(Text(line), soft_wrap=True)
 
 
 def console() -> Console:

@@ -187,9 +187,6 @@ class ImageData(LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self.split("test"))
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        return self.test_dataloader()
-
     def _loader(self, images: ImageSet, sampler: Sampler[int] | None = None, drop_last: bool = False) -> DataLoader:
         workers = self.workers if images.slow else 0
         return DataLoader(

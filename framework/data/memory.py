@@ -45,7 +45,7 @@ def statistics(images: Tensor) -> Batch:
     """Mean and standard deviation of each channel of uint8 images, as values in 0..1; exact, without a float copy."""
     values = torch.arange(256, dtype=torch.float64) / 255
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
-    share = counts / counts.sum(1, keepdim=True)
+    share = counts.double() / counts.sum(1, keepdim=True)
     mean = share @ values
     variance = (share * (values - mean[:, None]) ** 2).sum(1)
     # A channel that never changes is left at zero.

@@ -238,13 +238,14 @@ class Torchvision(MemoryData):
         for choice in self._choices(split):
             try:
                 source = self._class(**{**common, **choice})
-            except (TypeError, ValueError) as error:
-                # So torchvision says that it does not know a value; the set may call this split something else.
-                if any(f"for argument {name}." in str(error) for name in choice):
-                    continue
-                raise ConfigError(f"data.args: {self.dataset}: {error}") from error
             except Exception as error:  # a missing or broken file may show as anything
-                raise self._not_found(str(error).splitlines()[0] if str(error) else repr(error)) from error
+                why = str(error).splitlines()[0] if str(error) else repr(error)
+                # So torchvision says that it does not know a value: the set may call this split something else.
+                if any(f"for argument {name}." in why for name in choice):
+                    continue
+                if isinstance(error, TypeError) or "for argument" in why:
+                    raise ConfigError(f"data.args: {self.dataset}: {why}") from error
+                raise self._not_found(why) from error
             if split == "test" and len(source) and source[0][1] is None:
                 return None  # its labels are not public
             self._check(source, split)

@@ -26,7 +26,8 @@ def convert(state: Mapping[str, Tensor], target: Mapping[str, torch.Size], head:
 
     Args:
         state: the published weights.
-        target: keys and shapes of our model (`backbone.…`, `head.…`), in the order of its state dict.
+        target: keys and shapes of our model, in the order of its state dict. Only those under `backbone.` and
+            `head.` count: terms of the loss are not published.
         head: False leaves out the classifier on both sides, for another number of classes.
 
     Raises:
@@ -38,8 +39,9 @@ def convert(state: Mapping[str, Tensor], target: Mapping[str, torch.Size], head:
         raise ConfigError(
             f"no importer knows weights with the keys {shown}, …; families: {', '.join(f.NAME for f in FAMILIES)}"
         )
+    target = {key: shape for key, shape in target.items() if key.startswith(("backbone.", "head."))}
     if not head:
-        state = {key: value for key, value in state.items() if not re.match(r"(head|head_dist|proj_head)\\.", key)}
+        state = {key: value for key, value in state.items() if not re.match(r"(head|head_dist|proj_head)\.", key)}
         target = {key: shape for key, shape in target.items() if not key.startswith("head.")}
     return assemble(fitting[0], state, target)
 

@@ -1,0 +1,123 @@
+"""`fit`, `validate`, `test` and `predict`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from framework.commands import document as composed
+from framework.errors import ConfigError
+
+
+def run(args: Namespace) -> int | None:
+    document = composed(args)
+    if args.command == "fit":
+        if "ablation" in document:
+            return fit_study(args, document)
+        return fit(args, document)
+    document.pop("ablation", None)
+    if args.command == "predict":
+        return predict(args, document)
+    return evaluate(args, document)
+
+
+def console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def fit(args: Namespace, document: dict[str, Any]) -> int:
+    from framework.run import BEST, CONFIG, LAST, existing, new_folder, run_folder_of, train, write_text
+    from framework.config import dump
+
+    checkpoint = existing(args.ckpt_path) if args.ckpt_path else None
+    folder = run_folder_of(checkpoint) if checkpoint else None
+    if folder is None:
+        from framework.measure import meta_model
+
+        meta_model(document)  # what cannot be built says so before a folder is made
+        folder = new_folder(Path(args.runs), document["name"])
+        write_text(folder / CONFIG, dump(document))
+    out = console()
+    out.print(f"run folder: {folder}")
+    try:
+        trainer = train(folder, document, checkpoint)
+    except KeyboardInterrupt:
+        command = f"python cli.py fit --config {folder / CONFIG} --ckpt_path {folder / LAST}"
+        out.print(f"\ninterrupted; the run goes on with:\n  {command}" if (folder / LAST).is_file() else "interrupted")
+        return 130
+    show_metrics(trainer.callback_metrics, f"after {trainer.current_epoch} epochs")
+    out.print(f"checkpoints: {folder / LAST}, {folder / BEST}\ncurves: tensorboard --logdir {folder}")
+    return 0
+
+
+def fit_study(args: Namespace, document: dict[str, Any]) -> int:
+    from framework.ablation.launch import Local
+    from framework.ablation.study import run_study
+    from framework.ablation.tables import collect
+    from framework.config import dump, override
+    from framework.measure import measure
+    from framework.run import fit_folder
+
+    if args.ckpt_path:
+        raise ConfigError("--ckpt_path: a study goes on by itself; give its config alone, and finished runs are kept")
+    if args.processes < 0:
+        raise ConfigError(f"--processes: got {args.processes}; give at least 1, or 0 for one on each core")
+    study = run_study(document, Path(args.runs), Local(args.processes), fit_folder, override, measure, dump)
+    return 1 if collect(study).failures else 0
+
+
+def run_checkpoint(args: Namespace) -> Path:
+    """The checkpoint of a command, by default the last one of the run folder that its config lies in."""
+    from framework.run import LAST, existing
+
+    if args.ckpt_path:
+        return existing(args.ckpt_path)
+    last = Path(args.config[-1]).parent / LAST
+    if not last.is_file():
+        raise ConfigError(
+            "name the weights with --ckpt_path, or the config of a run folder that has them (runs/…/config.yaml)"
+        )
+    return last
+
+
+def evaluate(args: Namespace, document: dict[str, Any]) -> int:
+    from framework.run import evaluate as measured
+
+    checkpoint = run_checkpoint(args)
+    show_metrics(measured(document, checkpoint, args.command), str(checkpoint))
+    return 0
+
+
+def predict(args: Namespace, document: dict[str, Any]) -> int:
+    import csv
+
+    from framework.run import predict as predicted
+
+    checkpoint = run_checkpoint(args)
+    target = Path(args.out) if args.out else checkpoint.parent / "predictions.csv"
+    if not target.parent.is_dir():
+        raise ConfigError(f"--out: no such folder: {target.parent}")
+    probabilities, names = predicted(document, checkpoint)
+    with target.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", "predicted", "probability", *names])
+        for i, row in enumerate(probabilities.tolist()):
+            best = max(range(len(row)), key=row.__getitem__)
+            writer.writerow([i, names[best], f"{row[best]:.6f}", *(f"{p:.6f}" for p in row)])
+    console().print(f"{len(probabilities)} images → {target}")
+    return 0
+
+
+def show_metrics(metrics: Mapping[str, Any], title: str) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in sorted(metrics.items()):
+        table.add_row(name, f"{float(value):.4g}")
+    console().print(table)

@@ -1,0 +1,520 @@
+"""Studies: the cells of a config, the folder that is their state, and the processes that run them.
+
+Processes are real ones; what they run is trivial, and config and measuring are stand-ins, so that no torch is loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from framework.ablation.grid import Ablation, cells
+from framework.ablation.launch import local
+from framework.ablation.launch.local import Local
+from framework.ablation.state import Status, prepare, read_status, read_study, write_status, write_text
+from framework.ablation.study import plan, run_study
+from framework.errors import ConfigError
+
+REPO = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _nothing_heavy(monkeypatch):
+    monkeypatch.setattr(local, "PRELOAD", [])
+
+
+def document(**changes):
+    ablation = {
+        "name": "pos",
+        "seeds": [0, 1],
+        "baseline": {"sentence": "none", "word": "none"},
+        "axes": {
+            "sentence": {"none": {}, "learned": {"model.position": "LearnedPosition"}},
+            "word": {"none": {"model.word": "NoPosition"}, "learned": {"model.word": "LearnedPosition"}},
+        },
+    }
+    return {
+        "seed": 7,
+        "model": {"position": "NoPosition", "word": "?", "dim": 8},
+        "ablation": {**ablation, **changes},
+    }
+
+
+def override(document, settings, where):
+    document = copy.deepcopy(document)
+    for path, value in settings.items():
+        *parents, last = path.split(".")
+        part = document
+        for parent in parents:
+            part = part[parent]
+        if last not in part:
+            raise ConfigError(f"{where}: there is no {path}")
+        part[last] = value
+    return document
+
+
+def measure(document):
+    return {"params": 1000 * document["model"]["dim"], "macs": 2_000_000}
+
+
+def dump(document):
+    return yaml.safe_dump(document, sort_keys=False)
+
+
+def study(root, launcher, task, **changes):
+    return run_study(document(**changes), root, launcher, task, override, measure, dump)
+
+
+# The grid
+
+
+def test_cells_come_in_the_order_of_axes_and_seeds():
+    made = cells(document(), override)
+    names = ["none/none", "none/learned", "learned/none", "learned/learned"]
+    assert [(cell.name, cell.seed) for cell in made] == [(name, seed) for name in names for seed in (0, 1)]
+    cell = made[3]
+    assert cell.choices == {"sentence": "none", "word": "learned"}
+    assert cell.folder == "sentence=none,word=learned/seed=1"
+    assert cell.document == {
+        "seed": 1,
+        "name": "pos/sentence=none,word=learned/seed=1",
+        "model": {"position": "NoPosition", "word": "LearnedPosition", "dim": 8},
+    }
+
+
+def test_settings_are_applied_once_per_choice():
+    calls = []
+
+    def counted(document, settings, where):
+        calls.append(where)
+        return override(document, settings, where)
+
+    cells(document(seeds=[0, 1, 2, 3]), counted)
+    words = ["ablation.axes.word.none", "ablation.axes.word.learned"]
+    assert calls == ["ablation.axes.sentence.learned", *words, *words]
+
+
+def test_names_that_are_no_file_names_are_made_so():
+    made = cells(
+        document(name="a b", axes={"lr/x": {"1e-3, big": {}, 8: {"model.dim": 9}}}, baseline={"lr/x": 8}), override
+    )
+    assert [cell.group for cell in made[::2]] == ["lr_x=1e-3_big", "lr_x=8"]
+    assert made[0].name == "1e-3, big"
+    assert made[0].document["name"] == "a_b/lr_x=1e-3_big/seed=0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"axes": {}}, "ablation.axes: nothing varies"),
+        ({"axes": {"word": {}}}, "ablation.axes.word: has no values"),
+        ({"axes": {"word": {True: {}}}}, "ablation.axes.word: YAML reads a name here as True; put it in quotes"),
+        ({"seeds": []}, "ablation.seeds: is empty"),
+        ({"seeds": [3, 4, 3]}, "ablation.seeds: 3 is there twice"),
+        ({"name": "/.."}, None),
+        ({"name": ".."}, "ablation.name: got '..'"),
+        ({"baseline": {"words": "none"}}, "ablation.baseline: there is no axis 'words'; did you mean 'word'?"),
+        (
+            {"baseline": {"word": "lerned"}},
+            "ablation.baseline.word: there is no value 'lerned'; did you mean 'learned'?",
+        ),
+        (
+            {"published": {"source": "x", "rows": {"none/lerned": 80.0}}},
+            "ablation.published.rows: there is no cell 'none/lerned'; did you mean 'none/learned'?",
+        ),
+        (
+            {"axes": {"word": {"a b": {}, "a,b": {}}}, "baseline": {}},
+            "ablation.axes: a b and a,b would share the folder word=a_b",
+        ),
+        (
+            {"axes": {"a": {"x": {"model.dim": 1}}, "b": {"y": {"model.dim": 2}}}, "baseline": {}},
+            "ablation.axes: a and b both set model.dim",
+        ),
+        ({"axes": {"word": {"x": {"model.dims": 1}}}, "baseline": {}}, "ablation.axes.word.x: there is no model.dims"),
+    ],
+)
+def test_mistakes_are_one_line(changes, message):
+    if message is None:
+        assert Ablation.read(document(**changes)).folder == "_.."
+        return
+    with pytest.raises(ConfigError) as caught:
+        cells(document(**changes), override)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+# The folder
+
+
+def test_a_status_is_read_back(tmp_path):
+    status = Status("running", 3, 9, {"val/acc1": 0.5, "loss": float("inf")}, {"params": 12}, "why")
+    write_status(tmp_path, status)
+    assert read_status(tmp_path) == status
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+@pytest.mark.parametrize("text", ["", '{"state": "fin', "[]", "3"])
+def test_what_cannot_be_read_waits(tmp_path, text):
+    assert read_status(tmp_path) == Status("waiting")
+    (tmp_path / "status.json").write_text(text)
+    assert read_status(tmp_path) == Status("waiting")
+
+
+def test_a_writer_that_dies_leaves_the_old_text(tmp_path, monkeypatch):
+    write_status(tmp_path, Status("finished"))
+
+    def die(part, path):
+        assert part.parent == path.parent
+        raise OSError("the machine stops here")
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(OSError, match="stops here"):
+        write_status(tmp_path, Status("running"))
+    assert read_status(tmp_path).state == "finished"
+
+
+def prepared(root, **changes):
+    made = document(**changes)
+    runs = cells(made, override)
+    measures = {run.group: measure(run.document) for run in runs}
+    return prepare(root, Ablation.read(made), runs, measures, dump)
+
+
+def test_a_prepared_folder_holds_the_whole_study(tmp_path):
+    folders = prepared(tmp_path)
+    assert [str(folder.relative_to(tmp_path)) for folder in folders[:2]] == [
+        "sentence=none,word=none/seed=0",
+        "sentence=none,word=none/seed=1",
+    ]
+    assert yaml.safe_load((folders[1] / "config.yaml").read_text())["seed"] == 1
+    about = read_study(tmp_path)
+    assert about["axes"] == {"sentence": ["none", "learned"], "word": ["none", "learned"]}
+    assert about["cells"][1] == {
+        "folder": "sentence=none,word=learned",
+        "choices": {"sentence": "none", "word": "learned"},
+        "params": 8000,
+        "macs": 2_000_000,
+    }
+    with pytest.raises(ConfigError, match="is not the folder of a study"):
+        read_study(tmp_path / "elsewhere")
+
+
+def test_other_configs_in_the_folder_are_refused(tmp_path):
+    folders = prepared(tmp_path)
+    before = (folders[0] / "config.yaml").read_text()
+    write_text(folders[0] / "config.yaml", before + "# a note changes nothing\n")
+    prepared(tmp_path)
+
+    other = yaml.safe_load(before)
+    other["model"].update(dim=4, heads=2, position="x", word="y" * 99)
+    write_text(folders[0] / "config.yaml", dump(other))
+    with pytest.raises(ConfigError) as caught:
+        prepared(tmp_path)
+    assert str(caught.value) == (
+        f"{folders[0]}: was made with another config: model.position: x → NoPosition, "
+        f"model.word: {'y' * 59}… → NoPosition, model.dim: 4 → 8 and 1 more; "
+        "take another ablation.name, or move the folder away"
+    )
+
+
+def test_a_study_may_grow_but_not_change_its_axes(tmp_path):
+    assert len(prepared(tmp_path)) == 8
+    assert len(prepared(tmp_path, seeds=[0, 1, 2])) == 12
+    axes = {"word": document()["ablation"]["axes"]["word"]}
+    with pytest.raises(ConfigError, match=r"has the axes sentence, word, not word; take another ablation\.name"):
+        prepared(tmp_path, axes=axes, baseline={})
+
+
+# Local processes
+
+
+def finish(folder):
+    start = time.time()
+    time.sleep(0.5 if folder.name.startswith("slow") else 0)
+    print("hello from", folder.name)
+    write_status(folder, Status("finished", metrics={"start": start, "end": time.time(), "pid": os.getpid()}))
+
+
+def misbehave(folder):
+    write_status(folder, Status("running", epoch=2, epochs=5))
+    if folder.name == "raises":
+        raise ValueError("no such thing")
+    if folder.name == "exits":
+        print("CUDA error: too hot", flush=True)
+        print("bye", flush=True)
+        os._exit(3)
+    if folder.name == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if folder.name == "judges":
+        write_status(folder, Status("failed", error="its own reason"))
+        os._exit(1)
+
+
+def run_local(root: Path, names: list[str], task: Callable, processes: int = 2) -> dict[str, Status]:
+    folders = [root / name for name in names]
+    for folder in folders:
+        folder.mkdir()
+    calls = []
+    Local(processes).run(folders, task, lambda: calls.append(sum(read_status(folder).final for folder in folders)))
+    assert calls[-1] == len(folders)
+    return {folder.name: read_status(folder) for folder in folders}
+
+
+def test_two_at_a_time_overlap_and_each_has_its_process(tmp_path):
+    status = run_local(tmp_path, ["slow0", "slow1", "slow2"], finish)
+    assert {each.state for each in status.values()} == {"finished"}
+    first, second, third = (status[f"slow{i}"].metrics for i in range(3))
+    assert first["start"] < second["end"]
+    assert second["start"] < first["end"]
+    assert third["start"] >= min(first["end"], second["end"])
+    assert len({first["pid"], second["pid"], third["pid"], os.getpid()}) == 4
+    assert (tmp_path / "slow1" / "log.txt").read_text() == "hello from slow1\n"
+
+
+def test_what_dies_is_failed_with_its_reason(tmp_path):
+    old = tmp_path / "log"
+    old.write_text("ValueError: of an earlier try\n")
+    status = run_local(tmp_path, ["raises", "exits", "killed", "judges", "silent"], misbehave, processes=0)
+    assert {name: each.error for name, each in status.items()} == {
+        "raises": "exit code 1: ValueError: no such thing",
+        "exits": "exit code 3: CUDA error: too hot",
+        "killed": "killed by SIGKILL (out of memory?)",
+        "judges": "its own reason",
+        "silent": "ended without a result",
+    }
+    assert {each.state for each in status.values()} == {"failed"}
+    assert (status["killed"].epoch, status["killed"].epochs) == (2, 5)
+
+
+def test_an_error_in_the_launcher_leaves_no_process(tmp_path):
+    (tmp_path / "slow").mkdir()
+
+    def watch():
+        raise RuntimeError("the view is broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        Local().run([tmp_path / "slow"], finish, watch)
+    assert read_status(tmp_path / "slow").final
+    assert local.multiprocessing.active_children() == []
+
+
+def test_the_number_of_processes_is_checked():
+    with pytest.raises(ConfigError, match="processes: got -1"):
+        Local(-1)
+
+
+# Whole studies
+
+
+def train(folder):
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    write_status(folder, Status("running"))
+    broken = folder.parent.parent / "broken"
+    if broken.exists() and config["seed"] == 1 and config["model"]["position"] == "LearnedPosition":
+        raise ValueError("broken")
+    with (folder / "trained").open("a") as count:
+        count.write("x")
+    write_status(folder, Status("finished", metrics={"val/acc1": 0.5 + config["seed"] / 10}, measures={"seconds": 3}))
+
+
+def test_a_second_run_does_what_is_left(tmp_path, capfd):
+    (tmp_path / "pos").mkdir()
+    (tmp_path / "pos" / "broken").touch()
+    folder = study(tmp_path, Local(2), train)
+    assert folder == tmp_path / "pos"
+    out = capfd.readouterr().out
+    assert "pos: 8 runs (4 cells × 2 seeds), 0 of them finished" in out
+    assert "sentence=none,word=learned seed=0  val/acc1 0.5  3 s" in out
+    assert "sentence=learned,word=none seed=1  failed: exit code 1: ValueError: broken" in out
+    assert "[1/8] " in out
+    assert "[8/8] " in out
+    assert str(folder / "table.md") in out
+    assert {path.name for path in folder.iterdir()} >= {"table.md", "table.csv", "table.tex", "figure.png"}
+
+    (folder / "broken").unlink()
+    study(tmp_path, Local(2), train)
+    out = capfd.readouterr().out
+    assert "pos: 8 runs (4 cells × 2 seeds), 6 of them finished" in out
+    assert "[7/8] " in out
+    assert "[6/8] " not in out
+    assert [path.read_text() for path in folder.glob("*/*/trained")] == ["x"] * 8
+
+    class Never:
+        def run(self, folders, task, watch):
+            raise AssertionError("nothing is left to run")
+
+    study(tmp_path, Never(), train)
+
+
+def test_a_plan_makes_nothing(tmp_path, capsys):
+    plan(document(), tmp_path, override, measure, dump)
+    out = capsys.readouterr().out
+    assert "8 runs (4 cells × 2 seeds), 0 of them finished" in out
+    assert "8.0K" in out
+    assert "2.0M" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_net_that_cannot_be_built_names_its_cell(tmp_path):
+    built = []
+
+    def fails(document):
+        built.append(document["seed"])
+        if document["model"]["position"] == "LearnedPosition":
+            raise ConfigError("model.dim: does not fit")
+        return measure(document)
+
+    with pytest.raises(ConfigError, match=r"^cell learned/none: model\.dim: does not fit$"):
+        run_study(document(), tmp_path, Local(), train, override, fails, dump)
+    assert built == [0, 0, 0]
+    assert list(tmp_path.iterdir()) == []
+
+
+# A study in a program of its own, that is stopped in all ways
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from framework.ablation.launch import local
+from framework.ablation.state import Status, write_status
+from framework.ablation.study import run_study
+from tests.test_study import document, dump, measure, override
+
+def task(folder):
+    pause = folder.parent.parent / "pause"
+    write_status(folder, Status("running", epoch=1))
+    (folder / "begun").touch()
+    try:
+        while pause.exists():
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        time.sleep(60 if (folder.parent.parent / "stubborn").exists() else 0.3)
+        write_status(folder, Status("interrupted", epoch=1))
+        raise
+    write_status(folder, Status("finished", epoch=2, metrics={"val/acc1": 0.5}))
+
+if __name__ == "__main__":
+    local.PRELOAD = []
+    run_study(document(), Path(sys.argv[1]), local.Local(2), task, override, measure, dump)
+"""
+
+
+class Program:
+    """The program in a session of its own, as a terminal gives it, and all processes that belong to it."""
+
+    def __init__(self, root: Path) -> None:
+        self.study = root / "pos"
+        (root / "cli.py").write_text(PROGRAM)
+        self.process = subprocess.Popen(
+            [sys.executable, str(root / "cli.py"), str(root)],
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(REPO)},
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def states(self) -> list[str]:
+        folders = [
+            self.study / cell["folder"] / f"seed={n}" for cell in read_study(self.study)["cells"] for n in (0, 1)
+        ]
+        return [read_status(folder).state for folder in folders]
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        end = time.monotonic() + 20
+        while not done():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    def begun(self, count: int) -> None:
+        self.wait(lambda: len(list(self.study.glob("*/*/begun"))) == count)
+
+    def gone(self) -> bool:
+        return not any(self._belongs(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+
+    def _belongs(self, pid: int) -> bool:
+        try:
+            state, _, _, session, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return False
+        return int(session) == self.process.pid and state != "Z"
+
+
+@pytest.fixture
+def program(tmp_path):
+    (tmp_path / "pos").mkdir()
+    (tmp_path / "pos" / "pause").touch()
+    started = []
+
+    def start():
+        started.append(Program(tmp_path))
+        return started[-1]
+
+    yield start
+    (tmp_path / "pos" / "pause").unlink(missing_ok=True)
+    for each in started:
+        each.process.kill()
+        each.process.communicate()
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+
+
+@linux
+@pytest.mark.parametrize("how", ["ctrl-c", "terminate"])
+def test_an_interrupt_reaches_the_runs_and_ends_them(program, how):
+    first = program()
+    first.begun(2)
+    if how == "ctrl-c":  # a terminal sends it to the whole foreground group
+        os.killpg(first.process.pid, signal.SIGINT)
+    else:
+        first.process.terminate()
+    out, _ = first.process.communicate(timeout=20)
+    assert first.process.returncode != 0
+    assert "stopping 2 run(s)" in out
+    assert "stopped with 0 of 8 runs finished; the same command goes on" in out
+    assert out.rstrip().endswith("KeyboardInterrupt")
+    assert first.states() == ["interrupted"] * 2 + ["waiting"] * 6
+    first.wait(first.gone)
+
+
+@linux
+def test_a_second_interrupt_kills(program, tmp_path):
+    (tmp_path / "pos" / "stubborn").touch()
+    first = program()
+    first.begun(2)
+    first.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert first.process.poll() is None
+    first.process.send_signal(signal.SIGINT)
+    first.process.communicate(timeout=10)
+    assert first.states() == ["interrupted"] * 2 + ["waiting"] * 6
+    first.wait(first.gone)
+
+
+@linux
+def test_a_killed_study_goes_on_where_it_was(program, tmp_path):
+    first = program()
+    first.begun(2)
+    first.process.kill()
+    first.process.wait()
+    # The same command at once: its runs wait until the old ones, which have lost their launcher, have ended.
+    second = program()
+    (tmp_path / "pos" / "pause").unlink()
+    out, _ = second.process.communicate(timeout=20)
+    assert second.process.returncode == 0, out
+    assert second.states() == ["finished"] * 8
+    first.wait(first.gone)
+    second.wait(second.gone)
+    assert json.loads((tmp_path / "pos" / "study.json").read_text())["name"] == "pos"
