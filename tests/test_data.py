@@ -360,6 +360,7 @@ def test_npz_file_errors(save: Any, tmp_path: Path) -> None:
     save(**arrays())
     near = error_of(Npz, str(tmp_path / "sett.npz"))
     assert near == f"data.path: no file sett.npz in {tmp_path}; did you mean 'set.npz'?; allowed: set.npz"
+    assert error_of(Npz, "/usr/set.npz") == "data.path: no file set.npz in /usr; there is no .npz file"
     assert "there is no folder" in error_of(Npz, str(tmp_path / "no" / "set.npz"))
     broken = tmp_path / "broken.npz"
     broken.write_bytes(b"no zip")
@@ -401,6 +402,11 @@ def test_fake_data() -> None:
     grey = Torchvision("FakeData", args={"size": 20, "image_size": [1, 16, 16]})
     assert grey.image == Image(16, 1)
     assert grey.split("train")[0][0].shape == (1, 16, 16)
+
+
+def test_folders_of_another_set_are_left_alone(folders: Path) -> None:
+    assert len(Torchvision("FakeData", root=str(folders), size=8, args={"size": 20}).split("train")) == 18
+    assert error_of(Torchvision, "EuroSAT", root=str(folders)).startswith("data.root: no EuroSAT under")
 
 
 def test_workers_change_nothing() -> None:
@@ -537,6 +543,43 @@ def test_own_val_split_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [len(named.split(split)) for split in ("train", "val", "test")] == [18, 2, 6]
 
 
+def test_download_happens_once_in_prepare_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import datasets
+
+    calls = []
+
+    class Fetched(datasets.FakeData):
+        def __init__(self, root: Path, train: bool = True, download: bool = False) -> None:
+            calls.append((train, download))
+            if not download:
+                raise RuntimeError("Dataset not found. You can use download=True to download it")
+            super().__init__(size=20, image_size=(3, 16, 16))
+
+    monkeypatch.setattr(datasets, "FakeData", Fetched)
+    data = Torchvision("FakeData", root=str(tmp_path / "new"), download=True)
+    data.prepare_data()
+    assert len(data.split("train")) == 18
+    assert calls == [(True, True), (False, True)]
+    error = error_of(Torchvision, "FakeData", root=str(tmp_path))
+    assert error == f"data.root: no FakeData under {tmp_path}; put it there or set download: true"
+
+
+def test_unlabelled_test_split_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import datasets
+
+    class Challenge(datasets.FakeData):
+        def __init__(self, train: bool = True) -> None:
+            super().__init__(size=20 if train else 7, image_size=(3, 16, 16))
+            self.train = train
+
+        def __getitem__(self, index: int) -> Any:
+            picture, target = super().__getitem__(index)
+            return picture, target if self.train else None
+
+    monkeypatch.setattr(datasets, "FakeData", Challenge)
+    assert len(Torchvision("FakeData").split("test")) == 2
+
+
 def test_torchvision_errors(folders: Path, tmp_path: Path) -> None:
     error = error_of(Torchvision, "CIFAR1O")
     assert error.startswith("data.dataset: torchvision has no data set 'CIFAR1O'; did you mean 'CIFAR10'?")
@@ -549,7 +592,9 @@ def test_torchvision_errors(folders: Path, tmp_path: Path) -> None:
     assert "no ImageNet under" in missing
     assert "ILSVRC2012_devkit_t12.tar.gz is not present" in missing
     error = error_of(Torchvision, "ImageFolder", root=str(folders))
-    assert error.startswith("data.size: the images of ImageFolder do not share one square size (20×30, 21×30")
+    assert error == (
+        "data.size: the images of ImageFolder do not share one square size (20×30, 22×30, 23×30); give one, such as 224"
+    )
     error = error_of(Torchvision, "FakeData", args={"sise": 3})
     assert error.startswith("data.args: FakeData has no 'sise' to set here; did you mean 'size'?")
     assert error_of(Torchvision, "FakeData", args={"size": 0}) == "data: FakeData has no images for training"

@@ -58,6 +58,8 @@ def test_tnt_equals_the_authors(name: str) -> None:
         assert_near(out.words, vector[f"mid.block{i}.0"], f"words of block {i}")
         assert_near(joined(out), vector[f"mid.block{i}.1"], f"tokens of block {i}")
     assert_near(joined(net.backbone(vector["input"])), vector["mid.norm"], "norm")
+    net.backbone.keep(net.head.reads)
+    assert_near(net(vector["input"]), vector["logits"], "logits, unread work skipped")
 
 
 @pytest.mark.parametrize("name", ["tnt_timm_final", "tnt_timm_legacy"])
@@ -83,6 +85,8 @@ def test_deit_equals_the_authors(name: str) -> None:
         assert final.prefix is not None
         assert_near(net.head.fc(final.prefix[:, 0]), vector["mid.head"], "head")
         assert_near(net.head.fc_dist(final.prefix[:, 1]), vector["mid.head_dist"], "head_dist")
+    net.backbone.keep(net.head.reads)
+    assert_near(net(vector["input"]), vector["logits"], "logits, unread work skipped")
 
 
 @pytest.mark.parametrize("name", ["nextvit_S_like_r075_64", "nextvit_r025_hd32"])

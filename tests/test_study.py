@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -282,8 +283,6 @@ def test_two_at_a_time_overlap_and_each_has_its_process(tmp_path):
 
 
 def test_what_dies_is_failed_with_its_reason(tmp_path):
-    old = tmp_path / "log"
-    old.write_text("ValueError: of an earlier try\n")
     status = run_local(tmp_path, ["raises", "exits", "killed", "judges", "silent"], misbehave, processes=0)
     assert {name: each.error for name, each in status.items()} == {
         "raises": "exit code 1: ValueError: no such thing",
@@ -365,13 +364,17 @@ def test_a_plan_makes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_net_that_cannot_be_built_names_its_cell(tmp_path):
+def test_a_net_that_cannot_be_built_names_its_cell(tmp_path, monkeypatch):
+    class BuildError(ValueError):
+        pass
+
+    monkeypatch.setitem(sys.modules, "blocks.base", SimpleNamespace(BuildError=BuildError))
     built = []
 
     def fails(document):
         built.append(document["seed"])
         if document["model"]["position"] == "LearnedPosition":
-            raise ConfigError("model.dim: does not fit")
+            raise BuildError("model.dim: does not fit")
         return measure(document)
 
     with pytest.raises(ConfigError, match=r"^cell learned/none: model\.dim: does not fit$"):
@@ -404,7 +407,7 @@ def task(folder):
     write_status(folder, Status("finished", epoch=2, metrics={"val/acc1": 0.5}))
 
 if __name__ == "__main__":
-    local.PRELOAD = []
+    local.PRELOAD = ["tests.test_study"]
     run_study(document(), Path(sys.argv[1]), local.Local(2), task, override, measure, dump)
 """
 

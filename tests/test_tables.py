@@ -73,11 +73,12 @@ def test_markdown(folder):
         "| none | 3 | 94.0 ± 2.0 | baseline | 23.8M | 5.22G | 80.5 |\n"
         "| learned | 2 | **95.5 ± 0.7** | +1.5 | 23.8M | 5.22G | 81.0 |\n"
         "| odd\\|1_% | 1 | 90.0 ± – | -4.0 | 23.8M | 5.22G | – |\n"
-        "| last | 0 | failed: exit code 1: ValueError: shapes 4x8 an… | – | 23.8M | 5.22G | – |\n"
+        "| last | 0 | failed: exit code 1: ValueError: shapes 4x8 and… | – | 23.8M | 5.22G | – |\n"
         "\n"
         "paper: TNT, table 6\n"
         "\n"
-        f"- failed: word=3 seed=1: exit code 1: ValueError: shapes 4x8 and 16x32 do not fit ({folder}/word=3/seed=1/log.txt)\n"
+        "- failed: word=3 seed=1: exit code 1: ValueError: shapes 4x8 and 16x32 do not fit "
+        f"({folder}/word=3/seed=1/log.txt)\n"
     )
 
 
@@ -95,7 +96,7 @@ def test_latex(folder):
         "    none & 3 & 94.0 $\\pm$ 2.0 & baseline & 23.8M & 5.22G & 80.5 \\\\\n"
         "    learned & 2 & \\textbf{95.5 $\\pm$ 0.7} & +1.5 & 23.8M & 5.22G & 81.0 \\\\\n"
         "    odd|1\\_\\% & 1 & 90.0 $\\pm$ -- & -4.0 & 23.8M & 5.22G & -- \\\\\n"
-        "    last & 0 & failed: exit code 1: ValueError: shapes 4x8 an\\dots{} & -- & 23.8M & 5.22G & -- \\\\\n"
+        "    last & 0 & failed: exit code 1: ValueError: shapes 4x8 and\\dots{} & -- & 23.8M & 5.22G & -- \\\\\n"
         "    \\bottomrule\n"
         "  \\end{tabular}\n"
         "\\end{table}\n"

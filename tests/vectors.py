@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from blocks.attention import Attention
-from blocks.base import Features, tokens
+from blocks.base import Features, Position, tokens
 from blocks.gates import TanhGate
 from blocks.heads import AveragePoolHead, ClassTokenHead, DistilledHead, HeadFactory
 from blocks.nextvit import NCB, NTB
@@ -107,16 +107,15 @@ def tnt(
     first_stride: int = 4,
     legacy: bool = False,
     se: bool = False,
+    position: Position = LearnedPosition(),
+    word_position: Position = LearnedPosition(),
 ) -> Net:
     """TNT, with timm's names of arguments."""
     stem = partial(
         SentenceStem, patch=patch_size, words=ceil(patch_size / first_stride) ** 2, word_dim=inner_dim, legacy=legacy
     )
     block = partial(TNT, inner=encoder(num_heads_inner), outer=encoder(num_heads_outer, se=se), legacy=legacy)
-    position = LearnedPosition()
-    backbone = Isotropic(
-        Image(img_size, 3), {"tnt": block}, f"tnt*{depth}", embed_dim, stem, position, word_position=position
-    )
+    backbone = Isotropic(Image(img_size, 3), {"tnt": block}, f"tnt*{depth}", embed_dim, stem, position, word_position)
     return Net(backbone, ClassTokenHead, num_classes)
 
 

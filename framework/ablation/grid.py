@@ -46,7 +46,7 @@ class Ablation:
     axes: dict[str, dict[str, dict[str, Any]]]
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     metric: str = "val/acc1"
-    baseline: dict[str, str] = field(default_factory=dict)
+    baseline: dict[str, Any] = field(default_factory=dict)
     published: Published | None = None
 
     @classmethod

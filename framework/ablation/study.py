@@ -132,9 +132,8 @@ def _print_plan(ablation: Ablation, runs: list[Cell], measures: Measures, study:
         texts = [*choices.values(), seeds, tables.short(measured["params"]), tables.short(measured["macs"])]
         lines.add_row(*(Text(text) for text in texts))
     out = tables.console()
-    out.print(
-        Text(f"{ablation.name}: {len(runs)} runs ({shape}), {finished} of them finished, in {study}"), soft_wrap=True
-    )
+    title = f"{ablation.name}: {len(runs)} runs ({shape}), {finished} of them finished, in {study}"
+    out.print(Text(title, style="bold"), soft_wrap=True)
     out.print(lines)
 
 

@@ -52,7 +52,9 @@ class Row:
     @property
     def std(self) -> float:
         """The standard deviation of a sample: over n − 1."""
-        return statistics.stdev(self.values.values()) if len(self.values) > 1 else math.nan
+        # A run that diverged makes the mean nan or infinite, which `stdev` does not take.
+        known = len(self.values) > 1 and math.isfinite(self.mean)
+        return statistics.stdev(self.values.values()) if known else math.nan
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,8 @@ class Npz(MemoryData):
             folder = self.path.parent
             if not folder.is_dir():
                 raise ConfigError(f"data.path: no file {self.path}: there is no folder {folder}")
-            near = suggest(self.path.name, (path.name for path in folder.glob("*.npz")))
+            names = [path.name for path in folder.glob("*.npz")]
+            near = suggest(self.path.name, names) if names else "there is no .npz file"
             raise ConfigError(f"data.path: no file {self.path.name} in {folder}; {near}")
         headers = {}
         try:

@@ -209,9 +209,10 @@ class Torchvision(MemoryData):
         if switch:
             default = self._parameters[switch].default
             return [{switch: value} for value in (*VALUES[split], *([default] if train else []))]
-        # Without an argument for it, the split is a folder, or there is only one.
-        folder = self.root / "train"
-        if "root" in self._parameters and folder.is_dir() and any(path.is_dir() for path in folder.iterdir()):
+        # Without an argument for it, the split is a folder (which holds class folders), or there is only one. A set
+        # that can be fetched has a folder of its own, and another set's folders may lie beside that.
+        plain = "root" in self._parameters and "download" not in self._parameters
+        if plain and any(path.is_dir() for path in (self.root / "train").glob("*")):
             return [{"root": self.root / name} for name in VALUES[split] if (self.root / name).is_dir()]
         return [{}] if train else []
 
@@ -302,7 +303,7 @@ class Torchvision(MemoryData):
         pictures = [source[index][0] for index in np.linspace(0, len(source) - 1, min(len(source), 8)).astype(int)]
         sizes = sorted({picture.size for picture in pictures})
         if not self.size and (len(sizes) > 1 or sizes[0][0] != sizes[0][1]):
-            shown = ", ".join(f"{height}×{width}" for width, height in sizes)
+            shown = ", ".join(f"{height}×{width}" for width, height in sizes[:3])
             raise ConfigError(
                 f"data.size: the images of {self.dataset} do not share one square size ({shown}); give one, such as 224"
             )

@@ -6,12 +6,14 @@ nothing is left out but tensors that no forward reads.
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from framework.errors import ConfigError
@@ -50,18 +52,22 @@ def read(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a published file (.safetensors, or what `torch.save` wrote), without its wrappings.
 
     Raises:
-        ConfigError: there is no such file, or no state dict in it.
+        ConfigError: there is no such file, it cannot be read, or no state dict is in it.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no such weights file: {path}")
     found: Any
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        found = load_file(path)
-    else:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:
+            # facebookresearch/deit and its kin save the arguments of the run beside the weights
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file may fail in any way
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"cannot read weights from {path}: {type(error).__name__}: {reason}") from error
     for wrapping in ("model", "state_dict"):
         if isinstance(found, dict) and isinstance(found.get(wrapping), dict):
             found = found[wrapping]

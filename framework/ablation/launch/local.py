@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -102,6 +102,7 @@ def _start_server() -> None:
     which goes to all processes, would end it in the middle of its imports.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    resource_tracker.ensure_running()  # else the server starts it, and that unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
