@@ -65,9 +65,9 @@ class Attention(Mixer):
             q = self.position.rotate(q, grid)
         else:
             # Only prefix rows are wanted, which no encoding turns; keys and values are needed of every token.
-            bias = self.qkv.bias
-            q = F.linear(x[:, :rows], self.qkv.weight[:c], None if bias is None else bias[:c])
-            kv = F.linear(x, self.qkv.weight[c:], None if bias is None else bias[c:])
+            b_q, b_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split([c, 2 * c])
+            q = F.linear(x[:, :rows], self.qkv.weight[:c], b_q)
+            kv = F.linear(x, self.qkv.weight[c:], b_kv)
             q = q.view(b, rows, self.heads, self.head_dim).transpose(1, 2)
             k, v = kv.view(b, n, 2, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         bias = self.position.bias(grid)

@@ -181,7 +181,8 @@ class RelativeBiasTable(ScorePosition):
         return (y[:, None] - y + h - 1) * (2 * w - 1) + (x[:, None] - x + w - 1)
 
     def bias(self, grid: Grid) -> Tensor:
-        table, index = self.table, self.index
+        table: Tensor = self.table
+        index = self.index
         if grid != self.grid:
             size = (2 * grid[0] - 1, 2 * grid[1] - 1)
             table = F.interpolate(table[None], size=size, mode="bicubic", align_corners=False)[0]

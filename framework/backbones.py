@@ -13,12 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from blocks.base import PARTS, Block, BlockFactory, BuildError, Features, NoPosition, NormFactory, Position, Shape
+from blocks.base import PARTS, Block, BlockFactory, BuildError, Features, NoPosition, NormFactory, Position, Shape, Site
 from blocks.norms import LayerNorm
 from blocks.stems import PatchStem
-from framework.build import Section, compose
+from framework.build import Section, check_block, compose, make_block, meta_features, quiet_meta
 from framework.data.base import Image
-from framework.errors import suggest
+from framework.errors import nearest
 
 WHERE = "model.backbone"
 
@@ -136,11 +136,11 @@ class Composed(Backbone):
 
 def _stem(stem: BlockFactory, image: Image, dim: int, position: Position, word_position: Position) -> Block:
     """The stem, made and checked like any block; it sees the image as a map of `image.channels` channels."""
-    section = Section(WHERE, "stem", dim, blocks={"stem": stem})
-    made = compose(
-        [section], Shape(image.channels, (image.size, image.size)), position=position, word_position=word_position
-    )
-    return made[0][0]
+    where, inp = f"{WHERE}.stem", Shape(image.channels, (image.size, image.size))
+    site = Site(inp=inp, dim=dim, where=where, position=position, word_position=word_position)
+    with quiet_meta():
+        check_block(make_block(stem, site), meta_features(inp), where)
+    return make_block(stem, site)
 
 
 class Isotropic(Composed):
@@ -176,11 +176,9 @@ class Isotropic(Composed):
         norm: NormFactory = LayerNorm,
     ) -> None:
         super().__init__()
-        self.stem = _stem(stem, image, dim, position, word_position)
         section = Section(WHERE, pattern, dim, blocks=blocks)
-        made = compose(
-            [section], self.stem.out, drop_path=drop_path, position=position, word_position=word_position
-        )[0]
+        self.stem = _stem(stem, image, dim, position, word_position)
+        made = compose([section], self.stem.out, drop_path=drop_path, position=position, word_position=word_position)[0]
         self.blocks = nn.ModuleList(made)
         self.names = section.names()
         ends = [i for i, block in enumerate(made) if block.counts] or [len(made) - 1]
@@ -242,17 +240,13 @@ class Pyramid(Composed):
     ) -> None:
         super().__init__()
         if not stages:
-            raise BuildError(f"{WHERE}.stages: a pyramid needs at least one stage, for example s1: {{dim: 64, pattern: …}}")
+            raise BuildError(f"{WHERE}.stages: needs at least one stage, for example s1: {{dim: 64, pattern: …}}")
         sections = [
-            Section(
-                f"{WHERE}.stages.{name}", s.pattern, s.dim, s.stride, {**blocks, **s.blocks}, s.dims, s.entry
-            )
+            Section(f"{WHERE}.stages.{name}", s.pattern, s.dim, s.stride, {**blocks, **s.blocks}, s.dims, s.entry)
             for name, s in stages.items()
         ]
         self.stem = _stem(stem, image, sections[0].dim, position, word_position)
-        made = compose(
-            sections, self.stem.out, drop_path=drop_path, position=position, word_position=word_position
-        )
+        made = compose(sections, self.stem.out, drop_path=drop_path, position=position, word_position=word_position)
         ends = [chain[-1].out for chain in made]
         lengths = [len(chain) for chain in made]
         self.taps = [sum(lengths[: i + 1]) for i in range(len(lengths))]
@@ -289,7 +283,9 @@ class TimmBackbone(Backbone):
         import timm
 
         if not timm.is_model(name):
-            raise BuildError(f"{WHERE}.name: timm has no net {name!r} ({suggest(name, timm.list_models(), limit=0)})")
+            near = nearest(name, timm.list_models())
+            hint = f"did you mean {near!r}?" if near else "timm.list_models() gives their names"
+            raise BuildError(f"{WHERE}.name: timm has no net {name!r} ({hint})")
         self.net = _timm_net(timm.create_model, name, image, args)
         with torch.random.fork_rng(devices=[]):
             on_meta = _timm_net(timm.create_model, name, image, args, device="meta").eval().requires_grad_(False)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blocks.base import Block, BlockFactory, BuildError, Features, NoPosition, Position, Shape, Site, show_grid
+from framework.errors import reason, suggest
 from framework.pattern import expand
 
 
@@ -39,16 +40,22 @@ class Section:
     dims: Mapping[str, int] = field(default_factory=dict)
     entry: str = ""
 
+    def __post_init__(self) -> None:
+        sizes = {"dim": self.dim, "stride": self.stride} | {f"dims.{name}": dim for name, dim in self.dims.items()}
+        for what, value in sizes.items():
+            if value < 1:
+                raise BuildError(f"{self.where}.{what}: got {value}, must be at least 1")
+
     def names(self) -> list[str]:
-        """The names of its blocks in order, the entry first."""
+        """The names of its blocks in order, the entry first. Raises BuildError where one is not there."""
         for name in self.dims:
             if name not in self.blocks:
-                raise BuildError(f"{self.where}.dims: {name!r} is none of the blocks {', '.join(self.blocks)}")
+                raise BuildError(f"{self.where}.dims: unknown block {name!r} ({suggest(name, self.blocks)})")
         names = expand(self.pattern, self.blocks.keys(), f"{self.where}.pattern")
         if self.entry:
             names = [*expand(self.entry, self.blocks.keys(), f"{self.where}.entry"), *names]
         if not names:
-            raise BuildError(f"{self.where}.pattern is empty; name at least one of {', '.join(self.blocks) or 'blocks'}")
+            raise BuildError(f"{self.where}.pattern: names no block; there are: {', '.join(self.blocks) or 'none'}")
         return names
 
 
@@ -79,7 +86,7 @@ def compose(
     Raises:
         BuildError: a block does not fit, or does not give what it declares; one line with the place and the fix.
     """
-    with _quiet_meta():
+    with quiet_meta():
         planned = list(_chain(sections, shape, position, word_position, [0.0], check=True))
     if not depth:
         depth = sum(block.counts for _, block in planned)
@@ -97,7 +104,7 @@ def compose(
 
 
 @contextmanager
-def _quiet_meta() -> Iterator[None]:
+def quiet_meta() -> Iterator[None]:
     """New tensors are meta tensors, and nothing is drawn from the random generator of the caller."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
         yield
@@ -130,7 +137,7 @@ def _chain(
                 position=position,
                 word_position=word_position,
             )
-            block = _make(section.blocks[name], site)
+            block = make_block(section.blocks[name], site)
             if features is not None:
                 features = check_block(block, features, f"{section.where}, block {place} '{name}'")
             if block.out.grid != shape.grid:
@@ -145,7 +152,8 @@ def _chain(
             )
 
 
-def _make(factory: BlockFactory, site: Site) -> Block:
+def make_block(factory: BlockFactory, site: Site) -> Block:
+    """The block of one site. Raises BuildError, with the place, where it cannot be made or sets no `out`."""
     try:
         block = factory(site)
     except BuildError as error:
@@ -153,6 +161,8 @@ def _make(factory: BlockFactory, site: Site) -> Block:
         if site.where and not str(error).startswith("model."):
             raise BuildError(f"{site.where}: {error}") from None
         raise
+    except Exception as error:  # a block from outside may fail in any way, and so may torch at odd arguments
+        raise BuildError(f"{site.where}: cannot be built: {reason(error)}") from error
     if not isinstance(getattr(block, "out", None), Shape):
         raise BuildError(f"{site.where}: {type(block).__name__} does not set self.out, the Shape that it gives")
     return block
@@ -183,10 +193,7 @@ def check_block(block: Block, features: Features, where: str) -> Features:
     try:
         out = block.eval()(features)
     except Exception as error:  # a block from outside may fail in any way
-        lines = str(error).splitlines()
-        raise BuildError(
-            f"{where}: {name}.forward fails on {got}: {type(error).__name__}: {lines[0] if lines else ''}"
-        ) from error
+        raise BuildError(f"{where}: {name}.forward fails on {got}: {reason(error)}") from error
     if not isinstance(out, Features) or not isinstance(out.map, Tensor):
         raise BuildError(f"{where}: {name}.forward must give Features, got {type(out).__name__}")
     want = meta_features(block.out, features.map.shape[0])
@@ -214,5 +221,3 @@ def describe_shape(shape: Shape) -> str:
     if shape.words:
         text += f", {shape.words.count} words of {shape.words.dim}"
     return text
-
-

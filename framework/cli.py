@@ -9,7 +9,7 @@ import sys
 import warnings
 from typing import NoReturn
 
-from framework.errors import ConfigError, suggest
+from framework.errors import ConfigError, nearest, suggest
 
 SECTIONS = ("model", "data", "trainer", "seed", "name", "ablation")
 EXAMPLES = """\
@@ -32,6 +32,10 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
+
+    def _check_value(self, action, value) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise ConfigError(f"no such command {value!r} ({suggest(str(value), action.choices)})")
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -56,7 +60,7 @@ def parser() -> Parser:
                 "--config", action="append", metavar="FILE", help="config file; may be given again, a later one wins"
             )
             command.add_argument(
-                "--plugins", action="append", default=[], metavar="FILE", help="Python file or import path to load first"
+                "--plugins", action="append", default=[], metavar="FILE", help="Python file or import path to load"
             )
         return command
 
@@ -66,8 +70,8 @@ def parser() -> Parser:
     fit.add_argument(
         "--processes", type=int, default=0, metavar="N", help="cells of a study at a time (default: one for each core)"
     )
-    for name, what in (("validate", "measure a checkpoint on the validation set"), ("test", "the same on the test set")):
-        command = add(name, "run", what)
+    for name, split in (("validate", "validation"), ("test", "test")):
+        command = add(name, "run", f"measure a checkpoint on the {split} set")
         command.add_argument("--ckpt_path", metavar="FILE", help="the weights (default: last.ckpt of the run folder)")
     predict = add("predict", "run", "write the class probabilities of the test set as CSV")
     predict.add_argument("--ckpt_path", metavar="FILE", help="the weights (default: last.ckpt of the run folder)")
@@ -80,7 +84,9 @@ def parser() -> Parser:
     describe.add_argument("--json", action="store_true", help="as JSON")
     blocks = add("blocks", "show", "the catalogue: every class that a config can name", config=False)
     blocks.add_argument("name", nargs="?", help="one class: its arguments, defaults and source")
-    blocks.add_argument("--plugins", action="append", default=[], metavar="FILE", help="Python file or import path to load")
+    blocks.add_argument(
+        "--plugins", action="append", default=[], metavar="FILE", help="Python file or import path to load"
+    )
     blocks.add_argument("--json", action="store_true", help="as JSON")
     return main
 
@@ -99,8 +105,10 @@ def split_overrides(rest: list[str], options: list[str]) -> dict[str, str]:
             raise ConfigError(f"unexpected {word!r}; config values are set as --path.to.it=value")
         path = name[2:]
         if path.split(".")[0] not in SECTIONS:
-            near = suggest(name, [*options, *(f"--{section}" for section in SECTIONS)], limit=0)
-            raise ConfigError(f"no such option {name!r} ({near}; config values are set as --model.backbone.dim=96)")
+            first, dot, rest = name.partition(".")
+            near = nearest(first, [f"--{section}" for section in SECTIONS] if dot else options)
+            hint = f"did you mean {near + dot + rest}?" if near else "config values are set as --model.backbone.dim=96"
+            raise ConfigError(f"no such option {name} ({hint})")
         if not equals:
             follower = next(words, None)
             if follower is None:

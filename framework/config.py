@@ -17,7 +17,7 @@ from jsonargparse import get_loader
 
 from blocks import registry
 from framework.ablation.grid import Ablation
-from framework.errors import ConfigError, suggest
+from framework.errors import ConfigError, nearest, suggest
 from framework.walk import ABSENT, Walk
 
 Settings = Mapping[str, Any]
@@ -50,7 +50,7 @@ def document_hints() -> dict[str, tuple[Any, Any]]:
     """The type and the default of each key of a document. Imports Lightning."""
     from lightning.pytorch import Trainer
 
-    import framework.optim  # registers optimizers and schedules
+    import framework.optim  # noqa: F401 (registers optimizers and schedules)
     from framework.data import Digits, ImageData
     from framework.tasks import Classification, Task
     from framework.typed import REQUIRED, Arguments
@@ -73,10 +73,9 @@ def load_yaml(path: Path) -> dict[str, Any]:
         ConfigError: there is no such file, it is no YAML, it holds no mapping, or it names a key twice.
     """
     if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else Path()
-        near = suggest(path.name, (str(p.name) for p in folder.glob("*.y*ml")), limit=0) if path.parent.is_dir() else ""
-        what = "is a folder" if path.is_dir() else "no such file"
-        raise ConfigError(f"{path}: {what}" + (f" ({near})" if near.startswith("did") else ""))
+        near = nearest(path.name, (p.name for p in path.parent.glob("*.y*ml")))
+        what = "is a folder, not a file" if path.is_dir() else "no such file"
+        raise ConfigError(f"{path}: {what}" + (f" (did you mean {path.parent / near}?)" if near else ""))
     try:
         text = path.read_text(encoding="utf-8")
         tree = yaml.compose(text, yaml.SafeLoader)
@@ -142,20 +141,11 @@ def layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str
     return [*found, (str(path), loaded)]
 
 
-def nested(settings: Settings) -> dict[str, Any]:
-    """Dotted settings as one nested mapping. Raises ConfigError where one setting lies inside another's value."""
-    tree: dict[str, Any] = {}
-    for dotted, value in settings.items():
-        node = tree
-        *parents, last = str(dotted).split(".")
-        for name in parents:
-            node = node.setdefault(name, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"{dotted}: {name!r} is set as a whole beside it; set one or the other")
-        if last in node:
-            raise ConfigError(f"{dotted}: set twice")
-        node[last] = value
-    return tree
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """A dotted setting as a nested mapping."""
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return value
 
 
 def parse_value(text: str, where: str) -> Any:
@@ -188,7 +178,11 @@ def merge_layer(document: dict[str, Any], layer: Mapping[str, Any], source: str)
     return {key: merged[key] for key in hints if key in merged}
 
 
-def compose(files: Iterable[str | Path], settings: Settings = {}, plugins: Iterable[str] = ()) -> dict[str, Any]:
+def compose(
+    files: Iterable[str | Path],
+    settings: Settings = {},  # noqa: B006 (read only)
+    plugins: Iterable[str] = (),
+) -> dict[str, Any]:
     """Files, what they extend, and dotted settings over them, as one canonical document before inheritance.
 
     Args:
@@ -218,26 +212,24 @@ def compose(files: Iterable[str | Path], settings: Settings = {}, plugins: Itera
     if extra:
         document = merge_layer(document, {"plugins": extra}, "--plugins")
     # What is left out stands in the document all the same, so that it can be overridden, read and run again.
-    document = merge_layer({}, {"name": names[-1].stem if names else "run", "seed": 0, "data": {}, "trainer": {}}, "") | (
-        document
-    )
-    return document
+    left_out = {"name": names[-1].stem if names else "run", "seed": 0, "data": {}, "trainer": {}}
+    return merge_layer({}, left_out, "") | document
 
 
 def override(document: dict[str, Any], settings: Settings, where: str = "") -> dict[str, Any]:
-    """A new document with dotted settings over `document`.
+    """A new document with dotted settings over `document`, one after the other.
 
     Args:
         document: a composed document.
         settings: dotted path to value.
-        where: what to call the settings in messages; each option by default.
+        where: where the settings come from, for messages.
 
     Raises:
         ConfigError: the first mistake.
     """
-    if not settings:
-        return document
-    return merge_layer(document, nested(settings), where or "--" + next(iter(settings)) if len(settings) == 1 else where)
+    for path, value in settings.items():
+        document = merge_layer(document, nested(path, value), where)
+    return document
 
 
 def resolve(document: dict[str, Any]) -> dict[str, Any]:
@@ -250,9 +242,7 @@ def resolve(document: dict[str, Any]) -> dict[str, Any]:
     walk = Walk(partial=False)
     if "model" not in document:
         raise ConfigError("model: nothing says what to train; name a config with --config")
-    return {
-        key: walk.inherit(hints[key][0], value, (key,)) for key, value in document.items() if key != "ablation"
-    }
+    return {key: walk.inherit(hints[key][0], value, (key,)) for key, value in document.items() if key != "ablation"}
 
 
 def dump(document: Mapping[str, Any]) -> str:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, TypeVar
 
+from blocks.base import BuildError
 from framework.config import resolve
 from framework.data import ImageData
-from framework.errors import ConfigError
+from framework.errors import ConfigError, reason
 from framework.tasks import Task
 from framework.walk import ARGS, LINKED
 
@@ -46,12 +47,12 @@ class Workbench(LightningCLI):
         )
 
     def add_core_arguments_to_parser(self, parser: Any) -> None:
-        """Only what the document holds. (Not required, instead, would make Unions, which swallow errors.)"""
+        """Only what the document holds, and required: what may be null is a Union, which swallows errors."""
         parser.add_lightning_class_args(Trainer, "trainer")
-        if "model" in self.document:
-            parser.add_lightning_class_args(Task, "model", subclass_mode=True)
-        if "data" in self.document:
-            parser.add_lightning_class_args(ImageData, "data", subclass_mode=True)
+        for key, base in (("model", Task), ("data", ImageData)):
+            if key in self.document:
+                action = parser.add_argument(f"--{key}", type=base, required=True)
+                action.sub_add_kwargs = {"fail_untyped": False}  # classes from outside may have no types
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         sections = {key: deepcopy(self.document[key]) for key in ("model", "data", "trainer") if key in self.document}
@@ -70,18 +71,21 @@ class Workbench(LightningCLI):
         return self.parser.instantiate_classes(part)[key]
 
     def make_model(self) -> Task:
-        return self._part("model")
+        return checked(lambda: self._part("model"), "model")
 
     def make_data(self) -> ImageData:
-        return self._part("data")
+        return checked(lambda: self._part("data"), "data")
 
     def make_trainer(self, **arguments: Any) -> Trainer:
         """The Trainer; `callbacks` among `arguments` go behind those of the document."""
-        given = dict(self._part("trainer") if self.config.get("trainer") else {})
+        given = dict(checked(lambda: self._part("trainer"), "trainer") if self.config.get("trainer") else {})
         callbacks = given.pop("callbacks", None) or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         arguments["callbacks"] = [*callbacks, *arguments.get("callbacks", [])]
-        return checked(lambda: Trainer(**{**given, **arguments}), "trainer")
+        try:
+            return Trainer(**{**given, **arguments})
+        except Exception as error:  # Lightning checks values here, each in its own way
+            raise ConfigError(f"trainer: {_one_line(str(error))}") from error
 
 
 def _one_line(text: str) -> str:
@@ -90,13 +94,13 @@ def _one_line(text: str) -> str:
 
 
 def checked(make: Callable[[], Made], where: str) -> Made:
-    """`make()`, with what a library raises about its arguments as a ConfigError at `where`."""
+    """`make()`, with whatever a class from outside or a library raises as a ConfigError at `where`."""
     try:
         return make()
-    except (ValueError, TypeError) as error:
-        if type(error) in (ValueError, TypeError):
-            raise ConfigError(f"{where}: {_one_line(str(error))}") from error
+    except (ConfigError, BuildError):
         raise
+    except Exception as error:
+        raise ConfigError(f"{where}: {reason(error)}") from error
 
 
 def complete(document: Mapping[str, Any]) -> dict[str, Any]:

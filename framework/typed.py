@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -45,10 +47,11 @@ def as_slot(hint: Any) -> Slot | None:
         if isinstance(base, type) and isinstance(given, list):
             return Slot(base, tuple(given))
         return None
-    plain = (int, float, str, bool, bytes, complex, type(None), dict, list, tuple, set, object)
-    if isinstance(hint, type) and hint not in plain and not dataclasses.is_dataclass(hint) and not get_args(hint):
-        return Slot(hint)
-    return None
+    if not isinstance(hint, type) or get_args(hint) or dataclasses.is_dataclass(hint):
+        return None
+    if hint.__module__.partition(".")[0] in sys.stdlib_module_names or issubclass(hint, int | float | str | Enum):
+        return None  # a value: numbers, text, paths, choices
+    return Slot(hint)
 
 
 def union(hint: Any) -> tuple[Any, ...]:
@@ -99,9 +102,10 @@ def misfit(cls: type, slot: Slot) -> str:
         hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
     except (NameError, TypeError, AttributeError):
         hints = {}
+    by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
     for i, given in enumerate(slot.given):
         want = given.__name__ if isinstance(given, type) else str(given)
-        if i >= len(parameters) or parameters[i].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
+        if i >= len(parameters) or parameters[i].kind in by_name:
             return f"its constructor must take {want} as argument {i + 1}"
         hint = hints.get(parameters[i].name, given)
         if isinstance(given, type) and isinstance(hint, type) and hint is not given:

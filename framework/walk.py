@@ -100,7 +100,7 @@ class Walk:
         if isinstance(layer, str):
             return layer, {}
         if not isinstance(layer, Mapping):
-            raise self.error(path, f"expected a {slot.base.__name__} (a name, or a mapping of arguments), got {layer!r}")
+            raise self.error(path, f"expected a {slot.base.__name__} (a name or a mapping of arguments), got {layer!r}")
         if CLASS not in layer and ARGS not in layer:
             return None, layer
         extra = set(layer) - {CLASS, ARGS}

@@ -264,7 +264,7 @@ def misbehave(folder):
 def run_local(root: Path, names: list[str], task: Callable, processes: int = 2) -> dict[str, Status]:
     folders = [root / name for name in names]
     for folder in folders:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
     calls = []
     Local(processes).run(folders, task, lambda: calls.append(sum(read_status(folder).final for folder in folders)))
     assert calls[-1] == len(folders)
@@ -283,6 +283,8 @@ def test_two_at_a_time_overlap_and_each_has_its_process(tmp_path):
 
 
 def test_what_dies_is_failed_with_its_reason(tmp_path):
+    (tmp_path / "silent").mkdir()
+    (tmp_path / "silent" / "log.txt").write_text("ValueError: of an earlier try\n")
     status = run_local(tmp_path, ["raises", "exits", "killed", "judges", "silent"], misbehave, processes=0)
     assert {name: each.error for name, each in status.items()} == {
         "raises": "exit code 1: ValueError: no such thing",

@@ -55,7 +55,7 @@ def fit(args: Namespace, document: dict[str, Any]) -> int:
 
 
 def fit_study(args: Namespace, document: dict[str, Any]) -> int:
-    from framework.ablation.launch import Local
+    from framework.ablation.launch.local import Local
     from framework.ablation.study import run_study
     from framework.ablation.tables import collect
     from framework.config import dump, override

@@ -52,13 +52,15 @@ def describe(args: Namespace) -> int:
 
 def blocks(args: Namespace) -> int:
     from framework.catalogue import catalogue, entry_of
-    from framework.errors import ConfigError, suggest
+    from framework.errors import ConfigError, nearest
 
     entries = catalogue(args.plugins)
     if args.name:
         entry = entry_of(entries, args.name)
         if entry is None:
-            raise ConfigError(f"no class {args.name!r} ({suggest(args.name, [e.name for e in entries], limit=0)})")
+            near = nearest(args.name, [e.name for e in entries])
+            hint = f"did you mean {near!r}?" if near else "python cli.py blocks lists all"
+            raise ConfigError(f"no class {args.name!r} ({hint})")
         entries = [entry]
     if args.json:
         print(json.dumps([asdict(entry) for entry in entries], indent=1))

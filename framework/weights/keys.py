@@ -119,7 +119,7 @@ def assemble(family: Family, state: Mapping[str, Tensor], target: Mapping[str, t
         if name not in converted and name.endswith(".num_batches_tracked"):
             converted[name] = torch.tensor(0)
     wrong = [
-        f"{name} {_show(value.shape)} for {_show(target[name])}"
+        f"{name} {_show(value.shape)} (model: {_show(target[name])})"
         for name, value in converted.items()
         if value.shape != target[name]
     ]
@@ -145,4 +145,4 @@ def _show(shape: torch.Size) -> str:
 
 def _list(what: str, keys: list[str]) -> str:
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return f"{what} {', '.join(keys[:_SHOWN])}{more}" if keys else ""
+    return f"{what}: {', '.join(keys[:_SHOWN])}{more}" if keys else ""

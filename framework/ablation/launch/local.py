@@ -91,7 +91,7 @@ class _Job:
         with self.log.open("rb") as log:
             log.seek(self.log_start)
             lines = log.read().decode(errors="replace").splitlines()
-        errors = [line.strip() for line in lines if re.search(r"(error|exception)\b", line, re.IGNORECASE)]
+        errors = [line.strip() for line in lines if re.search(r"(error|exception)(:|$)", line, re.IGNORECASE)]
         return f"{how}: {errors[-1][:300]}" if errors else how
 
 
@@ -125,7 +125,7 @@ def _reap(jobs: list[_Job], timeout: float | None, state: State) -> list[_Job]:
 
 def _stop(jobs: list[_Job]) -> None:
     """Interrupts the jobs, and kills those that have not ended in time or when a second Ctrl-C comes."""
-    jobs = [job for job in jobs if job.process.pid]
+    jobs = _reap([job for job in jobs if job.process.pid], 0, "failed")
     try:
         if jobs:
             print(f"stopping {len(jobs)} run(s), each leaves a checkpoint; Ctrl-C again kills them", file=sys.stderr)
@@ -145,8 +145,9 @@ def _stop(jobs: list[_Job]) -> None:
 
 
 def _send(job: _Job, kill: Callable[[int, int], None], number: int) -> None:
+    assert job.process.pid  # 0 would be this process's own group
     with suppress(ProcessLookupError):
-        kill(job.process.pid or 0, number)
+        kill(job.process.pid, number)
 
 
 @contextmanager
