@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from abc import ABC
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -22,6 +23,7 @@ def subclasses(base: type) -> Iterator[type]:
     seen: dict[type, None] = {}
 
     def below(cls: type) -> None:
+        sub: type
         for sub in cls.__subclasses__():
             if sub not in seen:
                 seen[sub] = None
@@ -31,11 +33,16 @@ def subclasses(base: type) -> Iterator[type]:
     return iter(seen)
 
 
+def _abstract(cls: type) -> bool:
+    """Whether a class lacks methods, or says by naming ABC itself that it is only a base."""
+    return inspect.isabstract(cls) or ABC in cls.__bases__
+
+
 def usable(base: type) -> dict[str, list[type]]:
     """Public, concrete classes that may stand where `base` is asked for, by short name."""
     found: dict[str, list[type]] = {}
     for cls in (base, *subclasses(base)):
-        if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
+        if not _abstract(cls) and not cls.__name__.startswith("_"):
             found.setdefault(cls.__name__, []).append(cls)
     return found
 
@@ -55,8 +62,8 @@ def find(base: type, name: str) -> type:
             raise LookupError(f"cannot import {name!r}: {error}") from error
         if not isinstance(cls, type) or not issubclass(cls, base):
             raise LookupError(f"{name!r} is no {base.__name__}")
-        if inspect.isabstract(cls):
-            raise LookupError(f"{name!r} is abstract: {', '.join(sorted(cls.__abstractmethods__))} missing")
+        if _abstract(cls):
+            raise LookupError(f"{name!r} is abstract; name a class below it")
         return cls
     found = usable(base).get(name, [])
     if len(found) > 1:
@@ -89,7 +96,8 @@ def load_plugin(spec: str) -> ModuleType:
         if str(path.parent) not in sys.path:
             sys.path.append(str(path.parent))
         module_spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert module_spec is not None and module_spec.loader is not None
+        assert module_spec is not None
+        assert module_spec.loader is not None
         module = importlib.util.module_from_spec(module_spec)
         sys.modules[path.stem] = module
         try:
@@ -100,8 +108,8 @@ def load_plugin(spec: str) -> ModuleType:
         return module
     except LookupError:
         raise
-    except Exception as error:  # a plug-in may fail in any way
-        raise LookupError(f"plug-in {spec} fails: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # a plug-in may fail in any way
+        raise LookupError(f"plug-in {spec} fails: {_one_line(error)}") from error
 
 
 def load_entry_points() -> None:
@@ -113,5 +121,9 @@ def load_entry_points() -> None:
     for point in entry_points(group=ENTRY_POINTS):
         try:
             point.load()
-        except Exception as error:  # a plug-in may fail in any way
-            raise LookupError(f"plug-in {point.value} fails: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:  # a plug-in may fail in any way
+            raise LookupError(f"plug-in {point.value} fails: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

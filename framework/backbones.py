@@ -93,6 +93,9 @@ class Composed(Backbone):
         self.norm = norm(dim_out.dim)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    @abstractmethod
+    def steps(self) -> Iterator[tuple[str, str, Block]]: ...
+
     def chain(self) -> list[Block]:
         """Stem and blocks in the order in which they run."""
         return [self.stem, *(block for _, _, block in self.steps())]
@@ -132,6 +135,11 @@ class Composed(Backbone):
 
     def _level(self, name: str, shape: Shape, image: Image) -> Level:
         return Level(name, shape.dim, round(image.size / shape.grid[0]))
+
+
+def _check_rate(drop_path: float) -> None:
+    if not 0 <= drop_path < 1:
+        raise BuildError(f"{WHERE}.drop_path: got {drop_path}, must be at least 0 and less than 1")
 
 
 def _stem(stem: BlockFactory, image: Image, dim: int, position: Position, word_position: Position) -> Block:
@@ -176,6 +184,7 @@ class Isotropic(Composed):
         norm: NormFactory = LayerNorm,
     ) -> None:
         super().__init__()
+        _check_rate(drop_path)
         section = Section(WHERE, pattern, dim, blocks=blocks)
         self.stem = _stem(stem, image, dim, position, word_position)
         made = compose([section], self.stem.out, drop_path=drop_path, position=position, word_position=word_position)[0]
@@ -239,6 +248,7 @@ class Pyramid(Composed):
         norm: NormFactory = LayerNorm,
     ) -> None:
         super().__init__()
+        _check_rate(drop_path)
         if not stages:
             raise BuildError(f"{WHERE}.stages: needs at least one stage, for example s1: {{dim: 64, pattern: …}}")
         sections = [

@@ -53,7 +53,10 @@ class Section:
                 raise BuildError(f"{self.where}.dims: unknown block {name!r} ({suggest(name, self.blocks)})")
         names = expand(self.pattern, self.blocks.keys(), f"{self.where}.pattern")
         if self.entry:
-            names = [*expand(self.entry, self.blocks.keys(), f"{self.where}.entry"), *names]
+            if self.entry not in self.blocks:
+                near = suggest(self.entry, self.blocks)
+                raise BuildError(f"{self.where}.entry: unknown block {self.entry!r} ({near})")
+            names = [self.entry, *names]
         if not names:
             raise BuildError(f"{self.where}.pattern: names no block; there are: {', '.join(self.blocks) or 'none'}")
         return names

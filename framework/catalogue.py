@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,7 @@ def _entry(cls: type, kind: str, hidden: int) -> Entry:
         path=f"{cls.__module__}.{cls.__qualname__}",
         summary=doc.short_description or "",
         text=(doc.description or "").strip(),
-        source=str(getattr(cls, "source", "") or _source(doc)),
+        source=str(getattr(cls, "source", "") or _source(cls)),
         arguments=[
             ArgumentEntry(name, typed.show(a.hint), _default(a.default), texts.get(name, ""))
             for name, a in found.items()
@@ -110,11 +111,10 @@ def _entry(cls: type, kind: str, hidden: int) -> Entry:
     )
 
 
-def _source(doc: Any) -> str:
-    for meta in doc.meta:
-        if meta.args and meta.args[0].lower() == "source":
-            return " ".join((meta.description or "").split())
-    return ""
+def _source(cls: type) -> str:
+    """What stands behind "Source:" in a docstring, which docstring_parser does not know."""
+    found = re.search(r"^Source: (.+(?:\n[ \t]+\S.*)*)", inspect.getdoc(cls) or "", re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""
 
 
 def _default(default: Any) -> str:

@@ -105,9 +105,9 @@ def split_overrides(rest: list[str], options: list[str]) -> dict[str, str]:
             raise ConfigError(f"unexpected {word!r}; config values are set as --path.to.it=value")
         path = name[2:]
         if path.split(".")[0] not in SECTIONS:
-            first, dot, rest = name.partition(".")
+            first, dot, below = name.partition(".")
             near = nearest(first, [f"--{section}" for section in SECTIONS] if dot else options)
-            hint = f"did you mean {near + dot + rest}?" if near else "config values are set as --model.backbone.dim=96"
+            hint = f"did you mean {near}{dot}{below}?" if near else "config values are set as --model.backbone.dim=96"
             raise ConfigError(f"no such option {name} ({hint})")
         if not equals:
             follower = next(words, None)
@@ -166,4 +166,5 @@ def main(argv: list[str]) -> int:
 def is_users(error: Exception) -> bool:
     """Whether an error is a user's to mend. A BuildError can only come from `blocks`, which is not imported here."""
     base = sys.modules.get("blocks.base")
-    return isinstance(error, ConfigError) or (base is not None and isinstance(error, base.BuildError))
+    # OSError: no right to write, a full disk, an image that cannot be read
+    return isinstance(error, ConfigError | OSError) or (base is not None and isinstance(error, base.BuildError))

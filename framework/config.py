@@ -18,6 +18,7 @@ from jsonargparse import get_loader
 from blocks import registry
 from framework.ablation.grid import Ablation
 from framework.errors import ConfigError, nearest, suggest
+from framework.typed import REQUIRED, Arguments, as_slot
 from framework.walk import ABSENT, Walk
 
 Settings = Mapping[str, Any]
@@ -53,7 +54,6 @@ def document_hints() -> dict[str, tuple[Any, Any]]:
     import framework.optim  # noqa: F401 (registers optimizers and schedules)
     from framework.data import Digits, ImageData
     from framework.tasks import Classification, Task
-    from framework.typed import REQUIRED, Arguments
 
     return {
         "name": (str, ""),
@@ -124,14 +124,13 @@ def layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: extends: expected a file or a list of files, got {bases!r}")
-    plugins = loaded.get("plugins", [])
-    if isinstance(plugins, str):
-        plugins = [plugins]
-    if isinstance(plugins, list) and plugins:
+    if loaded.get("plugins") is not None:
+        plugins = loaded["plugins"]
+        plugins = [plugins] if isinstance(plugins, str) else plugins
+        if not isinstance(plugins, list) or not all(isinstance(p, str) for p in plugins):
+            raise ConfigError(f"{path}: plugins: expected a list of files or import paths, got {plugins!r}")
         # Absolute, so that the run folder's config.yaml finds them too.
-        loaded["plugins"] = [
-            str((path.parent / p).resolve()) if isinstance(p, str) and p.endswith(".py") else p for p in plugins
-        ]
+        loaded["plugins"] = [str((path.parent / p).resolve()) if p.endswith(".py") else p for p in plugins]
     found: list[tuple[str, dict[str, Any]]] = []
     for base in bases:
         target = path.parent / base
@@ -168,10 +167,10 @@ def merge_layer(document: dict[str, Any], layer: Mapping[str, Any], source: str)
     for key, value in layer.items():
         if key not in hints:
             raise walk.error((str(key),), f"no such section ({suggest(str(key), [*hints, 'extends'])})")
-        if value is None:
+        hint, default = hints[key]
+        if value is None and as_slot(hint) is None:
             merged.pop(key, None)
             continue
-        hint, default = hints[key]
         if key == "plugins":
             value = [*merged.get(key, []), *(p for p in value if p not in merged.get(key, []))]
         merged[key] = walk.merge(hint, merged.get(key, ABSENT), value, (key,), default)
@@ -197,7 +196,7 @@ def compose(
     names = [Path(file) for file in files]
     for path in names:
         found += layers(path)
-    asked = [*plugins, *(p for _, layer in found for p in layer.get("plugins") or [] if isinstance(p, str))]
+    asked = [*plugins, *(p for _, layer in found for p in layer.get("plugins") or [])]
     try:
         registry.load_entry_points()
         for plugin in asked:
@@ -213,7 +212,18 @@ def compose(
         document = merge_layer(document, {"plugins": extra}, "--plugins")
     # What is left out stands in the document all the same, so that it can be overridden, read and run again.
     left_out = {"name": names[-1].stem if names else "run", "seed": 0, "data": {}, "trainer": {}}
-    return merge_layer({}, left_out, "") | document
+    document = merge_layer({}, left_out, "") | document
+    _check(document)
+    return document
+
+
+def _check(document: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a seed or a name has the right type, but cannot be used."""
+    seed, name = document["seed"], document["name"]
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed: got {seed}, must be 0 to {2**32 - 1}")
+    if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConfigError(f"name: got {name!r}, must be the name of a folder under runs")
 
 
 def override(document: dict[str, Any], settings: Settings, where: str = "") -> dict[str, Any]:
@@ -241,7 +251,7 @@ def resolve(document: dict[str, Any]) -> dict[str, Any]:
     hints = document_hints()
     walk = Walk(partial=False)
     if "model" not in document:
-        raise ConfigError("model: nothing says what to train; name a config with --config")
+        raise ConfigError("model: is missing, so there is no net; add it, or name one more --config that has it")
     return {key: walk.inherit(hints[key][0], value, (key,)) for key, value in document.items() if key != "ablation"}
 
 

@@ -6,14 +6,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import asdict
 from typing import Any, TypeVar
 
+from blocks import registry
 from blocks.base import BuildError
+from framework import typed
 from framework.config import resolve
-from framework.data import ImageData
+from framework.data import Image, ImageData
 from framework.errors import ConfigError, reason
 from framework.tasks import Task
-from framework.walk import ARGS, LINKED
+from framework.walk import ARGS, CLASS
 
 # Lightning 2.6 makes calls that jsonargparse 4.49 deprecates.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -111,11 +114,13 @@ def complete(document: Mapping[str, Any]) -> dict[str, Any]:
     """
     resolved = resolve(dict(document))
     args = resolved["model"].setdefault(ARGS, {})
-    if any(key not in args for key in LINKED):
-        data = Workbench({"data": resolved["data"]}).make_data()
-        image = {"size": data.image.size, "channels": data.image.channels}
-        args.setdefault("image", image)
-        args.setdefault("num_classes", data.num_classes)
+    takes = typed.arguments(registry.find(Task, resolved["model"][CLASS]))
+    data = Workbench({"data": resolved["data"]}).make_data()
+    if "image" in takes and Image(**args.setdefault("image", asdict(data.image))) != data.image:
+        given, there = args["image"], asdict(data.image)
+        raise ConfigError(f"model.image: got {given}, but the data gives {there}; leave model.image out")
+    if "num_classes" in takes and args.setdefault("num_classes", data.num_classes) < data.num_classes:
+        raise ConfigError(f"model.num_classes: got {args['num_classes']}, but the data has {data.num_classes} classes")
     return resolved
 
 

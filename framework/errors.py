@@ -20,7 +20,7 @@ def suggest(got: str, allowed: Iterable[str], limit: int = 12) -> str:
     if allowed and (len(allowed) <= limit or not near):
         shown = allowed[: 2 * limit]
         parts.append(f"allowed: {', '.join(shown)}{', …' if len(shown) < len(allowed) else ''}")
-    return "; ".join(parts) or "nothing is allowed here"
+    return "; ".join(parts) or "there are none"
 
 
 def nearest(got: str, allowed: Iterable[str]) -> str:

@@ -24,7 +24,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             parameter = getattr(module, name, None)
             if parameter is not None:
                 spared.add(id(parameter))
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (plain if parameter.ndim <= 1 or id(parameter) in spared else decay).append(parameter)
@@ -61,7 +62,7 @@ class AdamW(Optimizer):
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         groups = parameter_groups(model, self.weight_decay)
-        return torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=True)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ def expand(pattern: str, names: Collection[str], where: str) -> list[str]:
     """
 
     def error(at: int, message: str) -> ConfigError:
-        return ConfigError(f"{where}: {message} at column {at + 1} of {pattern!r}")
+        shown = pattern if len(pattern) <= 80 else f"…{pattern[max(at - 20, 0) : at + 20]}…"
+        return ConfigError(f"{where}: {message} at column {at + 1} of {shown!r}")
 
     stack: list[list[str]] = [[]]  # the open groups
     opened: list[int] = []
@@ -39,7 +40,7 @@ def expand(pattern: str, names: Collection[str], where: str) -> list[str]:
             at += len(pattern[at:]) - len(pattern[at:].lstrip())
             what = "'*' needs a count behind it" if pattern[at] == "*" else f"unexpected {pattern[at]!r}"
             raise error(at, what)
-        start = match.start(match.lastgroup if match.lastgroup != "count" else "times")
+        start = match.end() - len(match[0].lstrip())
         if name := match["name"]:
             if name not in names:
                 raise error(start, f"unknown block {name!r} ({suggest(name, names)})")
@@ -48,7 +49,7 @@ def expand(pattern: str, names: Collection[str], where: str) -> list[str]:
         elif match["times"]:
             if last is None:
                 raise error(start, "'*' needs a name or a group before it")
-            count = int(match["count"])
+            count = int(match["count"]) if len(match["count"]) < 9 else MOST_BLOCKS + 1  # int() refuses long texts
             if count < 1:
                 raise error(start, "a count must be at least 1,")
             if len(last) * count > MOST_BLOCKS:

@@ -70,15 +70,16 @@ def arguments(cls: type, hidden: int = 0) -> Mapping[str, Argument]:
         hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
     except (NameError, TypeError, AttributeError):
         hints = {}  # a class from outside whose annotations do not resolve: no types, but names
-    meta = {f.name: f.metadata for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    fields = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
     found: dict[str, Argument] = {}
     for name, parameter in list(inspect.signature(cls).parameters.items())[hidden:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         default = parameter.default
-        if default is not REQUIRED and name in meta and type(default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS":
-            default = next(f.default_factory() for f in dataclasses.fields(cls) if f.name == name)  # type: ignore[misc]
-        inherits = meta.get(name, {}).get("inherits", "")
+        field = fields.get(name)
+        if field is not None and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        inherits = field.metadata.get("inherits", "") if field else ""
         found[name] = Argument(hints.get(name, Any), default, inherits)
     return found
 

@@ -4,13 +4,14 @@ It makes values canonical (where the type is a slot, a bare name or a mapping wi
 `{class_path, init_args}`), and raises at the first mistake with its full path. The rules of a merge:
 
 - mappings merge; the same class merges its arguments, another class replaces the slot;
-- null takes a key away, where the type does not allow null as a value;
+- null takes a key away, where the type does not allow null as a value; a slot always needs a class;
 - anything else replaces.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
@@ -80,7 +81,8 @@ class Walk:
                 raise self.error(path, f"names no {slot.base.__name__}; write a name, or class_path: … ({known})")
             raise self.error(path, f"names no class for these arguments; add class_path with a {slot.base.__name__}")
         standard = typed.default_class(default)
-        cls = self.find(slot, name or base_class, path) if name or base_class else standard
+        named = name or base_class
+        cls = self.find(slot, named, path) if named else standard
         assert cls is not None
         if reason := typed.misfit(cls, slot):
             raise self.error(path, f"{cls.__name__} does not fit here: {reason}")
@@ -91,7 +93,7 @@ class Walk:
                 before = base.get(ARGS, {})
         known_args = typed.arguments(cls, len(slot.given))
         merged = self._arguments(known_args, cls, before, args, path, open=typed.takes_any(cls))
-        written = name or base_class or cls.__name__
+        written = named or cls.__name__
         if standard is cls and not registry.usable(slot.base).get(cls.__name__):
             written = f"{cls.__module__}.{cls.__qualname__}"
         return {CLASS: written, ARGS: merged} if merged else {CLASS: written}
@@ -130,31 +132,35 @@ class Walk:
             raise self.error(path, f"expected a mapping with the arguments of {cls.__name__}, got {layer!r}")
         merged = dict(base) if isinstance(base, Mapping) else {}
         for key, value in layer.items():
+            key = self._name(key, path)
             if key not in known:
-                if open and isinstance(key, str):
+                if open:
                     merged[key] = value
                     continue
-                raise self.error((*path, str(key)), f"{cls.__name__} has no such argument ({suggest(str(key), known)})")
+                raise self.error((*path, key), f"{cls.__name__} has no such argument ({suggest(key, known)})")
             argument = known[key]
-            before = merged.get(key, ABSENT)
-            if value is None and not typed.allows_none(argument.hint):
-                if before is ABSENT:
-                    self.merge(argument.hint, ABSENT, None, (*path, key))
-                merged.pop(key, None)
+            stays = typed.as_slot(argument.hint) is not None or typed.allows_none(argument.hint)
+            if value is None and key in merged and not stays:
+                del merged[key]
                 continue
+            before = merged.get(key, ABSENT)
             merged[key] = self.merge(
                 argument.hint, before, value, (*path, key), argument.default, lazy=bool(argument.inherits)
             )
         return merged
+
+    def _name(self, key: Any, path: Path) -> str:
+        """A key as a name; a number is a fine one."""
+        if isinstance(key, bool) or not isinstance(key, str | int | float):
+            raise self.error(path, f"the key {key!r} is no name (YAML reads on, off, yes, no and null so: quote it)")
+        return str(key)
 
     def _mapping(self, value_hint: Any, base: Any, layer: Any, path: Path, lazy: bool) -> dict[str, Any]:
         if not isinstance(layer, Mapping):
             raise self.error(path, f"expected a mapping of names to {typed.show(value_hint)}, got {layer!r}")
         merged = dict(base) if isinstance(base, Mapping) else {}
         for key, value in layer.items():
-            if isinstance(key, bool) or not isinstance(key, str | int | float):
-                raise self.error(path, f"the key {key!r} is no name (YAML reads on, off, yes and no so: quote it)")
-            key = str(key)  # a number is a fine name
+            key = self._name(key, path)
             if value is None and not typed.allows_none(value_hint):
                 if key not in merged:
                     raise self.error((*path, key), f"null takes away what is not there ({suggest(key, merged)})")
@@ -214,7 +220,7 @@ class Walk:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         slot = typed.as_slot(hint)
         if slot is not None:
-            nothing = [name for name in registry.usable(slot.base) if name.startswith("No") or name == "Identity"]
+            nothing = [name for name in registry.usable(slot.base) if re.match("No[A-Z]|Identity$", name)]
             return f"a {slot.base.__name__}" + (f" (for nothing: {', '.join(nothing)})" if nothing else "")
         return names.get(hint, typed.show(hint))
 
@@ -266,7 +272,8 @@ class Walk:
 
     def _complete(self, known: Mapping[str, Argument], cls: type, args: Mapping[str, Any], path: Path) -> None:
         for key, argument in known.items():
-            if argument.default is REQUIRED and key not in args and key not in LINKED:
+            linked = path == ("model",) and key in LINKED
+            if argument.default is REQUIRED and key not in args and not linked:
                 raise self.error((*path, key), f"{cls.__name__} needs it: {typed.show(argument.hint)}")
 
 

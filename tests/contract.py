@@ -193,20 +193,21 @@ def check_passes(cls: type[Block], case: Case) -> None:
 
 def check_layout(cls: type[Block], case: Case) -> None:
     """channels_last in, channels_last out, and a convolution behind the block gives channels_last too."""
-    block = build(cls, case).to(memory_format=torch.channels_last)
     shape = case.site.inp
-    follower = nn.Conv2d(block.out.dim, 8, 3, padding=1).to(memory_format=torch.channels_last)
-    for batch in (1, 2):
+    for training, batch in ((False, 1), (False, 2), (True, 2)):
+        block = build(cls, case, training).to(memory_format=torch.channels_last)
+        follower = nn.Conv2d(block.out.dim, 8, 3, padding=1).to(memory_format=torch.channels_last)
         given = features(shape, batch)
         # the map as it is behind a block that ran with a prefix: the same numbers, another batch stride
         wide = torch.zeros(batch, shape.positions + 1, shape.dim)
         wide[:, 1:] = tokens(given.map)
-        results = [block(given), block(given._replace(map=to_map(wide[:, 1:], shape.grid)))]
-        assert_same(results[1], results[0], 1e-5)
-        for i, out in enumerate(results):
-            loose = i == 1 or block.out.prefix > 0
-            assert_channels_last(out.map, any_batch_stride=loose)
+        dense, loose = block(given), block(given._replace(map=to_map(wide[:, 1:], shape.grid)))
+        assert_channels_last(dense.map, any_batch_stride=block.out.prefix > 0)
+        assert_channels_last(loose.map, any_batch_stride=True)
+        for out in (dense, loose):
             assert_channels_last(follower(out.map))
+        if not training:
+            assert_same(loose, dense, 1e-5)
 
 
 def check_meta(cls: type[Block], case: Case) -> None:
@@ -216,7 +217,7 @@ def check_meta(cls: type[Block], case: Case) -> None:
         block = cls(case.site, **case.args).eval()
     out = block(features(case.site.inp, device="meta"))
     assert block.out == real.out
-    assert all(value.is_meta for value in [*block.state_dict().values(), *parts(out).values()])
+    assert all(value.is_meta for value in [*block.parameters(), *block.buffers(), *parts(out).values()])
     assert {n: v.shape for n, v in block.state_dict().items()} == {n: v.shape for n, v in real.state_dict().items()}
     want = {n: v.shape for n, v in parts(real(features(case.site.inp))).items()}
     assert {n: v.shape for n, v in parts(out).items()} == want
@@ -278,12 +279,14 @@ def check_keep(cls: type[Block], case: Case) -> None:
         block = build(cls, case, training).double()
         given = features(case.site.inp, dtype=torch.float64)
         torch.manual_seed(3)
+        before = torch.get_rng_state()
         whole = block(given)
+        draws = not torch.equal(torch.get_rng_state(), before)
         for part in parts(whole):
             needed = block.keep(frozenset({part}))
             assert needed <= PARTS
-            if training and case.site.drop_path:
-                continue  # skipping draws other random numbers
+            if draws:
+                continue  # what is skipped draws no numbers, so the others get other ones
             junk = {name: torch.randn_like(value) for name, value in parts(given).items() if name not in needed}
             assert_same(block(given._replace(**junk)), whole, 1e-12, only=frozenset({part}))
         block.keep(PARTS)
@@ -303,13 +306,15 @@ def check_batch_order(cls: type[Block], case: Case) -> None:
     """In evaluation a sample's result does not depend on the others, nor on its place among them."""
     block = build(cls, case)
     given = features(case.site.inp, batch=3)
-    order = torch.tensor([2, 0, 1])
 
-    def reorder(given: Features) -> Features:
-        mixed = {name: value.unflatten(0, (3, -1))[order].flatten(0, 1) for name, value in parts(given).items()}
-        return given._replace(**mixed)
+    def pick(given: Features, *samples: int) -> Features:
+        order = list(samples)
+        chosen = {name: value.unflatten(0, (3, -1))[order].flatten(0, 1) for name, value in parts(given).items()}
+        return given._replace(**chosen)
 
-    assert_same(block(reorder(given)), reorder(block(given)), 1e-5)
+    whole = block(given)
+    assert_same(block(pick(given, 2, 0, 1)), pick(whole, 2, 0, 1), 1e-5)
+    assert_same(block(pick(given, 1)), pick(whole, 1), 1e-5)
 
 
 BLOCK_CHECKS: list[Callable[[type[Block], Case], None]] = [

@@ -78,10 +78,12 @@ TABLE: dict[type, list[Case]] = {
         ("map", MAP, {"mixer": HEADS}),
         ("prefix", TWO, {"mixer": partial(HEADS, qkv_bias=True)}),
         ("se", ONE, {"mixer": partial(HEADS, gate=SigmoidGate), "mlp_residual": GATED}),
+        ("gate", ONE, {"mixer": HEADS, "mixer_residual": GATED}),
         ("batchnorm", ONE, {"mixer": HEADS, "norm": BatchNorm}),
         ("bias", at(prefix=1, position=RelativeBias()), {"mixer": HEADS}),
         ("rope", at(prefix=1, position=RoPE()), {"mixer": HEADS}),
         ("drop_path", at(prefix=1, drop_path=0.3), {"mixer": HEADS, "mlp_residual": SCALED}),
+        ("dropout", ONE, {"mixer": partial(HEADS, attn_drop=0.1, proj_drop=0.1), "mlp": partial(Mlp, drop=0.1)}),
     ),
     TNT: rows(
         ("map", at(words=WORDS), {"inner": WORD_ENCODER, "outer": ENCODER}),
@@ -107,7 +109,11 @@ TABLE: dict[type, list[Case]] = {
     SE: rows(("map", MAP, {}), ("prefix", TWO, {"gate": TanhGate})),
     PatchStem: rows(
         ("plain", IMAGES, {"patch": 8}),
-        ("distilled", replace(IMAGES, position=LearnedPosition()), {"patch": 8, "prefix": 2, "norm": LayerNorm}),
+        (
+            "distilled",
+            replace(IMAGES, position=LearnedPosition()),
+            {"patch": 8, "prefix": 2, "norm": LayerNorm, "drop": 0.1},
+        ),
         ("map", replace(IMAGES, position=SinCosPosition()), {"patch": 8, "prefix": 0}),
         passes="",
     ),
@@ -117,7 +123,7 @@ TABLE: dict[type, list[Case]] = {
         (
             "positions",
             replace(IMAGES, position=ConditionalPosition(), word_position=LearnedPosition()),
-            {"patch": 8, "words": 9, "word_dim": 8, "prefix": 2},
+            {"patch": 8, "words": 9, "word_dim": 8, "prefix": 2, "drop": 0.1},
         ),
         passes="",
     ),
@@ -133,7 +139,7 @@ TABLE: dict[type, list[Case]] = {
     Identity: rows(("map", MAP, {}), ("prefix", TWO, {}), passes="words prefix"),
     ClassToken: rows(("first", MAP, {}), ("more", ONE, {"count": 2})),
     AddPosition: rows(
-        ("learned", ONE, {"position": LearnedPosition()}),
+        ("learned", ONE, {"position": LearnedPosition(), "drop": 0.1}),
         ("sincos", TWO, {"position": SinCosPosition()}),
         ("conditional", MAP, {"position": ConditionalPosition()}),
         ("net", at(position=LearnedPosition()), {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 import pkgutil
@@ -86,8 +87,11 @@ def test_every_class_has_a_row() -> None:
 
 def test_a_class_without_a_row_is_found() -> None:
     forgotten = type("Forgotten", (Act,), {"__module__": "blocks.mlp", "forward": lambda self, x: x})
-    assert without_row() == {"Forgotten"}
-    forgotten.__module__ = "tests.test_blocks"  # a class cannot be taken out of the tree while it is alive
+    try:
+        assert without_row() == {forgotten.__name__}
+    finally:
+        del forgotten
+        gc.collect()  # out of the class tree, which is the registry
     assert not without_row()
 
 
@@ -219,7 +223,7 @@ def test_keep_skips_work_only_where_that_is_exact(cls: type[Block], case: Case, 
     whole = flops(block, given)
     block.keep(frozenset({"prefix"}))
     less = flops(block, given)
-    if case.name in ("se", "batchnorm"):
+    if case.name in ("se", "gate", "batchnorm"):
         assert less == whole
     else:
         assert less < 0.8 * whole

@@ -15,7 +15,7 @@ def run(args: Namespace) -> int:
 
 
 def describe(args: Namespace) -> int:
-    from framework.ablation.tables import short
+    from framework.ablation.tables import console, short
     from framework.build import describe_shape
     from framework.measure import cost, meta_model
 
@@ -25,14 +25,14 @@ def describe(args: Namespace) -> int:
     if args.json:
         print(json.dumps({"name": document["name"], **asdict(found)}, indent=1))
         return 0
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    out = Console(highlight=False)
+    out = console()
     channels, height, width = found.image
     frozen = f" and {found.frozen:,} frozen" if found.frozen else ""
     out.print(
-        f"[bold]{document['name']}[/bold]: {found.params:,} parameters{frozen}, {short(found.macs)} MACs "
+        f"[bold]{escape(document['name'])}[/bold]: {found.params:,} parameters{frozen}, {short(found.macs)} MACs "
         f"for a {height}×{width} image with {channels} channel(s)"
     )
     out.print("levels: " + ", ".join(f"{lv.name} {lv.channels} @ 1/{lv.stride}" for lv in found.levels))
@@ -40,7 +40,7 @@ def describe(args: Namespace) -> int:
         return 0
     table = Table()
     for column in ("key", "block", "class", "gives"):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, no_wrap=column == "key")
     for column in ("params", "MACs"):
         table.add_column(column, justify="right", no_wrap=True)
     for block in found.blocks:
@@ -70,10 +70,12 @@ def blocks(args: Namespace) -> int:
 
 
 def show_all(entries: list[Any]) -> None:
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    out = Console(highlight=False)
+    from framework.ablation.tables import console
+
+    out = console()
     for kind in dict.fromkeys(entry.kind for entry in entries):
         table = Table(title=kind, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="bold", no_wrap=True)
@@ -81,18 +83,20 @@ def show_all(entries: list[Any]) -> None:
         for entry in entries:
             if entry.kind == kind:
                 arguments = ", ".join(f"{a.name}" for a in entry.arguments)
-                table.add_row(entry.name, entry.summary + (f" [dim]({arguments})[/dim]" if arguments else ""))
+                shown = escape(entry.summary) + (f" [dim]({arguments})[/dim]" if arguments else "")
+                table.add_row(entry.name, shown)
         out.print(table)
         out.print()
     out.print("python cli.py blocks NAME shows arguments, defaults and source of one.")
 
 
 def show_one(entry: Any) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    out = Console(highlight=False)
+    from framework.ablation.tables import console
+
+    out = console()
     out.print(f"[bold]{entry.name}[/bold] ({entry.kind}, {entry.path})\n{escape(entry.text)}\n")
     if entry.source:
         out.print(f"source: {escape(entry.source)}\n")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from framework.backbones import Backbone
 
 
-class Task(LightningModule):
+class Task(LightningModule, ABC):
     """A LightningModule round a backbone.
 
     Attributes:
@@ -17,10 +19,10 @@ class Task(LightningModule):
 
     backbone: Backbone
 
+    @abstractmethod
     def read_parts(self) -> frozenset[str]:
         """Which parts of the backbone's final features this task reads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def example(self, batch: int = 1) -> Tensor:
         """Images of the size that the net was built for, on the net's device."""
-        raise NotImplementedError
