@@ -69,6 +69,13 @@ def test_missing_keys_are_named(net: Net, state: dict[str, Tensor]) -> None:
 def test_half_of_a_fused_projection_is_named(net: Net, state: dict[str, Tensor]) -> None:
     del state["blocks.0.inner_attn.v.weight"]
     assert "another shape: backbone.blocks.0.inner.mixer.qkv.weight 16×8 (model: 24×8)" in refusal(state, net)
+    state["blocks.0.inner_attn.v.weight"] = torch.zeros(8, 9)
+    assert "another shape: backbone.blocks.0.inner.mixer.qkv.weight 16×8 (model: 24×8)" in refusal(state, net)
+
+
+def test_two_keys_for_one_place_are_refused(net: Net, state: dict[str, Tensor]) -> None:
+    state["patch_pos"] = state["outer_pos"] + 1
+    assert refusal(state, net).endswith("no place for: patch_pos")
 
 
 def test_another_shape_is_named(state: dict[str, Tensor]) -> None:
@@ -113,6 +120,12 @@ def test_weights_of_no_family_are_refused(net: Net) -> None:
 )
 def test_one_family_recognises_each_vector(name: str, family: str) -> None:
     assert [f.NAME for f in FAMILIES if f.recognises(load(name).state)] == [family]
+
+
+def test_lv_vit_is_no_vit() -> None:
+    """Its blocks have the same keys."""
+    state = {**load("deit_plain").state, "patch_embed.conv1.weight": torch.zeros(1)}
+    assert not any(family.recognises(state) for family in FAMILIES)
 
 
 def test_without_the_head_another_number_of_classes_fits(state: dict[str, Tensor]) -> None:

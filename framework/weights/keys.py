@@ -6,7 +6,7 @@ An importer maps names only. A key of ours may end in `#<n>`: its tensor is then
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -28,10 +28,10 @@ class Family(Protocol):
 
     NAME: str
 
-    def recognises(self, keys: Iterable[str]) -> bool:
+    def recognises(self, keys: Collection[str]) -> bool:
         """Whether a published state dict with these keys is of this family."""
 
-    def names(self, keys: Iterable[str], blocks: list[list[str]]) -> dict[str, str]:
+    def names(self, keys: Collection[str], blocks: list[list[str]]) -> dict[str, str]:
         """Our key for each published one, or `DROP`; a key that it does not know is left out.
 
         `blocks` has the prefix of each of our blocks, stage by stage.
@@ -109,10 +109,11 @@ def assemble(family: Family, state: Mapping[str, Tensor], target: Mapping[str, t
         if ours == DROP:
             continue
         name, _, part = ours.partition("#")
-        if name not in target:
+        parts = found.setdefault(name, {}) if name in target else None
+        if parts is None or int(part or 0) in parts:  # or two published keys say the same
             unknown.append(key)
         else:
-            found.setdefault(name, {})[int(part or 0)] = family.layout(key, state[key])
+            parts[int(part or 0)] = family.layout(key, state[key])
     converted = {name: _join(parts) for name, parts in found.items()}
     for name in target:
         # Weights from before 2018, or made lean, are without it; torch's own loading starts it at 0 as well.
@@ -134,9 +135,16 @@ def assemble(family: Family, state: Mapping[str, Tensor], target: Mapping[str, t
 
 
 def _join(parts: dict[int, Tensor]) -> Tensor:
-    """Parts of one tensor: rows of a Linear one below the other, tokens `(1, n, C)` one behind the other."""
-    ordered = [parts[i] for i in sorted(parts)]
-    return torch.cat(ordered, dim=1 if ordered[0].dim() == 3 else 0) if len(ordered) > 1 else ordered[0]
+    """Parts of one tensor: rows of a Linear one below the other, tokens `(1, n, C)` one behind the other.
+
+    Parts that do not fit together give the first, whose shape is then refused.
+    """
+    first, *others = [parts[i] for i in sorted(parts)]
+    dim = 1 if first.dim() == 3 else 0
+    fit = all(
+        other.shape[:dim] + other.shape[dim + 1 :] == first.shape[:dim] + first.shape[dim + 1 :] for other in others
+    )
+    return torch.cat([first, *others], dim) if others and fit else first
 
 
 def _show(shape: torch.Size) -> str:

@@ -6,7 +6,7 @@ Their 1×1 convolutions are Linear layers here. Weights with merged batch norms 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from itertools import chain
 
 from torch import Tensor
@@ -52,12 +52,11 @@ NTB = {
 }
 
 
-def recognises(keys: Iterable[str]) -> bool:
+def recognises(keys: Collection[str]) -> bool:
     return any(re.match(r"(features\.0|stages\.0\.blocks\.0)\.mhca\.group_conv3x3\.", key) for key in keys)
 
 
-def names(keys: Iterable[str], blocks: list[list[str]]) -> dict[str, str]:
-    keys = list(keys)
+def names(keys: Collection[str], blocks: list[list[str]]) -> dict[str, str]:
     transformers = {key.removesuffix(".e_mhsa.q.weight") for key in keys if key.endswith(".e_mhsa.q.weight")}
     theirs = {f"features.{i}": prefix for i, prefix in enumerate(chain(*blocks))}
     for s, stage in enumerate(blocks):

@@ -8,7 +8,7 @@ ordinary `Encoder` here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from itertools import chain
 
 from torch import Tensor
@@ -69,12 +69,11 @@ BLOCK = {
 }
 
 
-def recognises(keys: Iterable[str]) -> bool:
+def recognises(keys: Collection[str]) -> bool:
     return any(re.match(r"blocks\.0\.(outer_attn|attn_out)\.qk\.", key) for key in keys)
 
 
-def names(keys: Iterable[str], blocks: list[list[str]]) -> dict[str, str]:
-    keys = list(keys)
+def names(keys: Collection[str], blocks: list[list[str]]) -> dict[str, str]:
     with_words = {key.rsplit(".", 3)[0] for key in keys if re.search(r"\.(inner_attn|attn_in)\.qk\.weight$", key)}
     theirs = [(f"blocks.{i}", prefix) for i, prefix in enumerate(chain(*blocks))]
     return map_keys(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from itertools import chain
 
 from torch import Tensor
@@ -34,11 +34,13 @@ BLOCK = {
 }
 
 
-def recognises(keys: Iterable[str]) -> bool:
-    return {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= set(keys)
+def recognises(keys: Collection[str]) -> bool:
+    # LV-ViT has the same blocks behind other patches
+    patches = {key for key in keys if key.startswith("patch_embed.")}
+    return patches == {"patch_embed.proj.weight", "patch_embed.proj.bias"} and "blocks.0.attn.qkv.weight" in keys
 
 
-def names(keys: Iterable[str], blocks: list[list[str]]) -> dict[str, str]:
+def names(keys: Collection[str], blocks: list[list[str]]) -> dict[str, str]:
     inside = {f"blocks.{i}": (prefix, BLOCK) for i, prefix in enumerate(chain(*blocks))}
     return map_keys(keys, TOKENS, NET, inside)
 

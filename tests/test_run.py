@@ -1,0 +1,163 @@
+"""Runs: killed and gone on with to the same weights, interrupted with a checkpoint, recorded for TensorBoard."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from framework import run as runs
+from framework.ablation.state import read_status
+from framework.config import compose, dump
+
+SETTINGS = {
+    # everything that draws random numbers in training is on
+    "model.backbone.drop_path": 0.2,
+    "model.backbone.stem.drop": 0.1,
+    "model.backbone.pattern": "tnt*2",
+    "data.crop": 1,
+    "trainer.max_epochs": 5,
+    "trainer.accelerator": "cpu",
+}
+
+
+def folder(path: Path, **settings) -> Path:
+    document = compose(["experiments/base/tnt_digits.yaml"], {**SETTINGS, **settings})
+    path.mkdir()
+    (path / "config.yaml").write_text(dump(document))
+    return path
+
+
+def weights(path: Path) -> dict:
+    return torch.load(path / runs.LAST, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    path = folder(tmp_path_factory.mktemp("run") / "whole")
+    runs.fit_folder(path)
+    return path
+
+
+def test_a_run_ends_finished_with_its_metrics_and_files(whole: Path) -> None:
+    status = read_status(whole)
+    assert (status.state, status.epoch, status.epochs) == ("finished", 5, 5)
+    assert 0 < status.metrics["val/acc1"] <= 1
+    assert status.measures["params"] == sum(p.numel() for p in weights(whole)["state_dict"].values())
+    assert (whole / runs.BEST).is_file()
+    assert (whole / runs.RESOLVED).is_file()
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(whole: Path, tmp_path: Path) -> None:
+    path = folder(tmp_path / "killed")
+    threads = torch.get_num_threads()  # sums depend on how they are shared out
+    code = f"""if True:
+        import torch; torch.set_num_threads({threads})
+        from pathlib import Path
+        from framework.run import fit_folder
+        fit_folder(Path({str(path)!r}))"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + 120
+    while read_status(path).epoch < 2 and time.monotonic() < limit:
+        assert child.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert read_status(path).state == "running"
+    runs.fit_folder(path)
+    assert read_status(path).state == "finished"
+    one, two = weights(whole), weights(path)
+    assert one["global_step"] == two["global_step"]
+    for key, value in one["state_dict"].items():
+        assert torch.equal(value, two["state_dict"][key]), key
+    assert read_status(whole).metrics == read_status(path).metrics
+
+
+class Press(Callback):
+    """Ctrl-C in the midst of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.current_epoch == self.epoch and batch_idx == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_ctrl_c_leaves_a_checkpoint_that_goes_on_to_the_same_weights(whole, tmp_path, monkeypatch, capsys, epoch) -> None:
+    from framework.cli import main
+
+    made = runs.Workbench.make_trainer
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            runs.Workbench,
+            "make_trainer",
+            lambda self, **kw: made(self, **{**kw, "callbacks": [*kw["callbacks"], Press(epoch)]}),
+        )
+        overrides = [f"--{key}={value}" for key, value in SETTINGS.items()]
+        config = "experiments/base/tnt_digits.yaml"
+        assert main(["fit", "--config", config, "--runs", str(tmp_path), *overrides]) == 130
+    signal.signal(signal.SIGINT, handler)  # Lightning leaves Ctrl-C ignored on its way out
+    path = tmp_path / "tnt_digits" / "0"
+    assert read_status(path).state == "interrupted"
+    shown = capsys.readouterr().out
+    command = shown.split("goes on with:")[1].split()
+    assert command[:3] == ["python", "cli.py", "fit"]
+    assert main(command[2:]) == 0
+    assert os.listdir(tmp_path / "tnt_digits") == ["0"]
+    one, two = weights(whole)["state_dict"], weights(path)["state_dict"]
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+def test_tensorboard_has_curves_samples_and_a_row_of_hparams(whole: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(whole / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "val/loss", "val/acc1", "val/acc5", "lr", "hparams/val/acc1"} <= set(tags["scalars"])
+    assert tags["images"]
+    assert len(events.Scalars("val/acc1")) == 5
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"model.backbone.dim" in content
+
+
+def test_no_decay_for_norms_biases_positions_and_tokens() -> None:
+    from framework.construct import build_model
+    from framework.optim import parameter_groups
+
+    model = build_model(compose(["experiments/base/tnt_digits.yaml"]))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, spared = parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
+    spared_names = {names[id(p)] for p in spared["params"]}
+    assert {"backbone.stem.prefix", "backbone.stem.position.table", "backbone.stem.word_position.table"} <= spared_names
+    assert all(name.endswith((".bias", "prefix", "table")) or "norm" in name for name in spared_names)
+    assert all(names[id(p)].endswith("weight") and p.ndim > 1 for p in decayed["params"])
+    assert len(spared_names) + len(decayed["params"]) == len(names)
+
+
+def test_cosine_warms_up_and_ends_at_its_minimum() -> None:
+    from framework.optim import Cosine
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1e-3)
+    schedule = Cosine(warmup_epochs=2, warmup_lr=1e-6, min_lr=1e-5).build(optimizer, steps=100, epochs=10)
+    rates = []
+    for _ in range(101):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(1e-6)
+    assert rates[10] == pytest.approx((1e-6 + 1e-3) / 2)
+    assert rates[20] == pytest.approx(1e-3)
+    assert max(rates) == rates[20]
+    assert rates[60] == pytest.approx((1e-5 + 1e-3) / 2)
+    assert rates[100] == pytest.approx(1e-5)
