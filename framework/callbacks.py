@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from framework.ablation.state import Status, write_status
+from framework.ablation.state import Status, read_status, write_status
 
 
 def scalars(trainer: Trainer) -> dict[str, float]:
@@ -50,7 +50,9 @@ class RunState(Callback):
             epochs = trainer.max_epochs or 0
             measures = {**self.measures, "seconds": round(self._seconds(), 2)}
             done = epochs if state == "finished" else trainer.current_epoch
-            write_status(self.folder, Status(state, done, epochs, scalars(trainer), measures, error))
+            # A run that had nothing left to do keeps what it had.
+            metrics = scalars(trainer) or read_status(self.folder).metrics
+            write_status(self.folder, Status(state, done, epochs, metrics, measures, error))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = time.monotonic()
@@ -80,7 +82,7 @@ class RandomState(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        kind, keys, at, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (what timm and others draw from)
+        kind, keys, at, has_gauss, gauss = np.random.get_state()  # what timm and others draw from
         state["numpy"] = (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), at, has_gauss, gauss)
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state_all()

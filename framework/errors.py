@@ -25,9 +25,13 @@ def suggest(got: str, allowed: Iterable[str], limit: int = 12) -> str:
 
 def nearest(got: str, allowed: Iterable[str]) -> str:
     """The allowed name that `got` was probably meant to be, whatever its case; empty where none is near."""
-    lower = {name.lower(): name for name in sorted(set(allowed), reverse=True)}
-    near = difflib.get_close_matches(got.lower(), lower, n=1, cutoff=0.6)
-    return lower[near[0]] if near else ""
+    got, lower = got.lower(), {name.lower(): name for name in sorted(set(allowed), reverse=True)}
+
+    def likeness(name: str) -> tuple[float, bool]:
+        return difflib.SequenceMatcher(None, name, got).ratio(), name[:1] == got[:1]
+
+    near = difflib.get_close_matches(got, lower, n=3, cutoff=0.6)
+    return lower[max(near, key=likeness)] if near else ""
 
 
 def reason(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from math import cos, pi
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -134,7 +134,7 @@ class OneCycle(Schedule):
         start: the first learning rate is the peak divided by this.
         end: the last learning rate is the first divided by this.
 
-    Source: arXiv 1708.07120; torch's OneCycleLR without momentum cycling.
+    Source: arXiv 1708.07120; the same numbers as torch's OneCycleLR without momentum cycling.
     """
 
     warmup: float = 0.3
@@ -142,16 +142,17 @@ class OneCycle(Schedule):
     end: float = 1e4
 
     def build(self, optimizer: torch.optim.Optimizer, steps: int, epochs: int) -> LRScheduler:
-        peaks = [group["lr"] for group in optimizer.param_groups]
-        return OneCycleLR(
-            optimizer,
-            max_lr=peaks,
-            total_steps=max(steps, 2),
-            pct_start=self.warmup,
-            div_factor=self.start,
-            final_div_factor=self.end,
-            cycle_momentum=False,
-        )
+        # Not torch's class, which keeps its number of steps in the checkpoint: no run could go on for longer.
+        top, last = self.warmup * steps - 1, max(steps - 1, 1)
+        first, final = 1 / self.start, 1 / (self.start * self.end)
+
+        def factor(step: int) -> float:
+            if step < top:
+                return 1 + (first - 1) * 0.5 * (1 + cos(pi * step / top))
+            part = min((step - top) / (last - top), 1.0)
+            return final + (1 - final) * 0.5 * (1 + cos(pi * part))
+
+        return LambdaLR(optimizer, factor)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,14 @@ from framework.callbacks import RandomState, Record, RunState
 from framework.config import compose, dump
 from framework.construct import Workbench, complete
 from framework.errors import ConfigError
+from framework.measure import meta_model
 
 CONFIG, RESOLVED, LAST, BEST = "config.yaml", "resolved.yaml", "checkpoints/last.ckpt", "checkpoints/best.ckpt"
+
+LENGTHS = ("max_epochs", "max_steps", "max_time", "fast_dev_run")
+
+for _name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 def new_folder(root: Path, name: str) -> Path:
@@ -74,6 +80,16 @@ def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def check(document: Mapping[str, Any], checkpoint: Path | None = None) -> None:
+    """Raises what `train` would raise before its first step, as far as that can be known without data."""
+    if not any(document["trainer"].get(name) for name in LENGTHS):
+        raise ConfigError("trainer.max_epochs: is missing; say how long to train, as --trainer.max_epochs=300")
+    model = meta_model(document)
+    if checkpoint:
+        check_weights(model, read_weights(checkpoint), checkpoint)
+    Workbench(complete(document)).make_trainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
+
+
 def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = None, bar: bool = True) -> Trainer:
     """Trains `document` in `folder`, from its checkpoint where one is given, and keeps the folder's status.
 
@@ -91,13 +107,11 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
     if not (folder / CONFIG).is_file():
         write_text(folder / CONFIG, dump(document))
     write_text(folder / RESOLVED, dump(finished))
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     seed_everything(int(document.get("seed", 0)), workers=True, verbose=False)
     bench = Workbench(finished)
     data, model = bench.make_data(), bench.make_model()
     last = folder / LAST
-    measures = {"params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    measures: dict[str, float] = {"params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     measures |= {name: value for name, value in read_status(folder).measures.items() if name != "seconds"}
     callbacks: list[Callback] = [
         RandomState(),
@@ -164,16 +178,25 @@ def predict(document: Mapping[str, Any], checkpoint: Path) -> tuple[torch.Tensor
 
 def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
     """Loads a checkpoint's weights into a net that must be the same. Raises ConfigError where it is not."""
+    state = read_weights(checkpoint)
+    check_weights(model, state, checkpoint)
+    model.load_state_dict(state)
+
+
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint. Raises ConfigError where it is none."""
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        return torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:  # a file from anywhere
-        reason = (str(error).splitlines() or [""])[0]
-        raise ConfigError(f"--ckpt_path: {checkpoint} is no checkpoint of this program: {reason[:200]}") from error
+        raise ConfigError(f"--ckpt_path: {checkpoint} is no checkpoint of this program, or a damaged one") from error
+
+
+def check_weights(model: torch.nn.Module, state: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
+    """Raises ConfigError where weights are not those of the model."""
     own = model.state_dict()
     wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
     wrong += [key for key in state if key not in own]
     if wrong:
         raise ConfigError(
-            f"--ckpt_path: {checkpoint} holds another net than the config: {len(wrong)} keys differ, the first: {wrong[0]}"
+            f"--ckpt_path: {checkpoint} holds another net than the config; {len(wrong)} weights differ: {wrong[0]}, …"
         )
-    model.load_state_dict(state)

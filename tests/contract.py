@@ -349,7 +349,8 @@ def sample(case: Case, dtype: torch.dtype = torch.float32) -> Tensor:
 def check_module(module: nn.Module, *args: Any) -> Tensor:
     """What every part satisfies: finite gradients everywhere, float64, copies. Gives its float64 output."""
     out = module(*args)
-    out.sum().backward() if out.requires_grad else None
+    if out.requires_grad:
+        out.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
     module = pickle.loads(pickle.dumps(copy.deepcopy(module))).double()
     out = module(*(a.double() if isinstance(a, Tensor) else a for a in args))

@@ -124,14 +124,13 @@ def test_a_mistake_in_a_file_names_file_and_place(write: Write, text: str, says:
 
 
 def test_a_missing_file_is_suggested(write: Write) -> None:
-    write("ablation.yaml", "")
     folder = write("ablation.yaml", "").parent
     assert refusal(lambda: compose([folder / "albation.yaml"])) == (
         f"{folder}/albation.yaml: no such file (did you mean {folder}/ablation.yaml?)"
     )
     assert refusal(lambda: compose([folder])) == f"{folder}: is a folder, not a file"
-    assert "is no text" in refusal(lambda: compose([write("b.yaml", "") if (folder / "b.yaml").write_bytes(
-        b"\xb5\xff") is None else folder / "b.yaml"]))  # fmt: skip
+    (folder / "bytes.yaml").write_bytes(b"\xb5\xff")
+    assert refusal(lambda: compose([folder / "bytes.yaml"])) == f"{folder}/bytes.yaml: is no text in UTF-8"
 
 
 def test_an_empty_file_is_an_empty_layer(write: Write) -> None:
@@ -179,16 +178,10 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("path", "value"), SETTINGS, ids=[path for path, _ in SETTINGS])
 def test_a_setting_reaches_every_value(path: str, value: Any) -> None:
-    before, after = compose([NEXT_VIT]), compose([NEXT_VIT], {path: value})
-    short = path.replace(".init_args", "").removesuffix(".class_path")
-    found = at(after, short)
-    assert (found["class_path"] if path.endswith("class_path") else found) == value
-    assert after != before
+    after = compose([NEXT_VIT], {path: value})
+    assert at(after, path.replace(".init_args", "")) == value
+    assert after != compose([NEXT_VIT])
     resolve(after)
-    back = (
-        override(after, {path: at(before, short)}) if "objectives" not in path and path in dict(SETTINGS[:6]) else None
-    )
-    assert back is None or back == before or "init_args" in path
 
 
 def test_settings_go_one_after_the_other() -> None:
@@ -448,7 +441,7 @@ def test_a_checkpoint_is_plain_data_and_rebuilds_the_net(run: Run) -> None:
     assert "backbone" in saved["hyper_parameters"]
     loaded = Classification.load_from_checkpoint(run.folder / LAST, weights_only=True).eval()
     assert type(loaded.backbone.blocks[0]).__name__ == "TNT"
-    images = torch.randn(2, 1, 16, 16)
+    images = torch.randn_like(loaded.example(2))
     with torch.no_grad():
         assert torch.equal(loaded(images), run.model.eval()(images))
 
@@ -457,7 +450,7 @@ def test_a_net_from_python() -> None:
     document = compose([TNT], {"model.backbone.dim": 32, "model.backbone.pattern": "tnt"})
     model = build_model(document)
     assert isinstance(model, Classification)
-    assert model(torch.zeros(1, 1, 16, 16)).shape == (1, 10)
+    assert model(model.example()).shape == (1, 10)
     assert model.backbone.out.dim == 32
 
 
@@ -545,7 +538,8 @@ def test_a_plug_in_file_goes_with_the_run_folder(
     """Relative in the config, absolute in the saved one, which a fresh process runs from anywhere."""
     write("own/tessera_by_file.py", PLUGIN.format(name="ByFile"))
     write("base.yaml", dump(tiny()))
-    text = "{extends: ../base.yaml, plugins: [tessera_by_file.py], model: {backbone: {blocks: {own: ByFile}, pattern: own}}}"
+    model = "{backbone: {blocks: {own: ByFile}, pattern: own}}"
+    text = f"{{extends: ../base.yaml, plugins: [tessera_by_file.py], model: {model}}}"
     document = compose([write("own/net.yaml", text)])
     assert document["plugins"] == [str(tmp_path / "own/tessera_by_file.py")]
     saved = write("run/config.yaml", dump(document))

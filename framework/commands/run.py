@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,17 +31,16 @@ def console() -> Any:
 
 
 def fit(args: Namespace, document: dict[str, Any]) -> int:
-    from framework.run import BEST, CONFIG, LAST, existing, new_folder, run_folder_of, train, write_text
     from framework.config import dump
+    from framework.run import BEST, CONFIG, LAST, check, existing, new_folder, run_folder_of, train, write_text
 
     checkpoint = existing(args.ckpt_path) if args.ckpt_path else None
+    check(document, checkpoint)
     folder = run_folder_of(checkpoint) if checkpoint else None
+    made = folder is None
     if folder is None:
-        from framework.measure import meta_model
-
-        meta_model(document)  # what cannot be built says so before a folder is made
         folder = new_folder(Path(args.runs), document["name"])
-        write_text(folder / CONFIG, dump(document))
+    write_text(folder / CONFIG, dump(document))  # a run that goes on may have been given more epochs
     out = console()
     out.print(f"run folder: {folder}")
     try:
@@ -49,8 +49,16 @@ def fit(args: Namespace, document: dict[str, Any]) -> int:
         command = f"python cli.py fit --config {folder / CONFIG} --ckpt_path {folder / LAST}"
         out.print(f"\ninterrupted; the run goes on with:\n  {command}" if (folder / LAST).is_file() else "interrupted")
         return 130
-    show_metrics(trainer.callback_metrics, f"after {trainer.current_epoch} epochs")
-    out.print(f"checkpoints: {folder / LAST}, {folder / BEST}\ncurves: tensorboard --logdir {folder}")
+    except ConfigError:
+        if made and not (folder / LAST).is_file():
+            shutil.rmtree(folder)  # the data cannot be read: nothing was trained
+        raise
+    if trainer.callback_metrics:
+        show_metrics(trainer.callback_metrics, f"after {trainer.current_epoch} epochs")
+    else:
+        out.print(f"nothing is left to train after {trainer.current_epoch} epochs; ask for more, as --trainer.max_epochs=…")
+    checkpoints = [str(folder / name) for name in (LAST, BEST) if (folder / name).is_file()]
+    out.print(f"checkpoints: {', '.join(checkpoints)}\ncurves: tensorboard --logdir {folder}")
     return 0
 
 
