@@ -1,10 +1,15 @@
-"""What a run records: its state for a study, random states for an exact resume, samples and hparams for TensorBoard."""
+"""What a run records and keeps: its state, its curves, checkpoints that lose nothing, samples and hparams."""
 
 from __future__ import annotations
 
+import csv
+import io
 import random
+import resource
+import signal
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -12,55 +17,79 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from framework.ablation.state import Status, read_status, write_status
+from framework.ablation.state import Status, read_status, write_status, write_text
+
+MINUTES_BETWEEN_CHECKPOINTS = 10
 
 
 def scalars(trainer: Trainer) -> dict[str, float]:
     """What was logged last, as floats."""
-    return {name: float(value) for name, value in trainer.callback_metrics.items() if np.isscalar(float(value))}
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 class RunState(Callback):
-    """Keeps `status.json` of a run folder true, and leaves a checkpoint to go on from before the first step.
+    """Keeps `status.json` and `curves.csv` of a run folder true.
 
     The metrics of a finished run are those of its last epoch, not of its best one, which would favour noisy nets.
 
     Args:
         folder: the run folder.
-        last: the checkpoint that the run goes on from after an interruption.
         measures: what is known before training (params, MACs).
     """
 
-    def __init__(self, folder: Path, last: Path, measures: dict[str, float]) -> None:
-        self.folder, self.last, self.measures = folder, last, dict(measures)
-        self.started = time.monotonic()
-        self.before = 0.0
+    def __init__(self, folder: Path, measures: dict[str, float]) -> None:
+        self.folder, self.measures = folder, dict(measures)
+        self.curves: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.since = time.monotonic()
+        self.timers = {"train_images_per_s": Timer(), "images_per_s": Timer()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._seconds()}
+        return {"seconds": self._seconds(), "curves": self.curves}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.before = state_dict["seconds"]
+        self.seconds, self.curves = state_dict["seconds"], state_dict["curves"]
 
     def _seconds(self) -> float:
-        return self.before + time.monotonic() - self.started
+        return self.seconds + time.monotonic() - self.since
 
     def _write(self, trainer: Trainer, state: Any, error: str = "") -> None:
         if trainer.is_global_zero:
             epochs = trainer.max_epochs or 0
-            measures = {**self.measures, "seconds": round(self._seconds(), 2)}
+            speed = {name: timer.rate for name, timer in self.timers.items() if timer.rate}
+            measures = {**self.measures, **speed, "seconds": round(self._seconds(), 2), "peak_mib": peak_mib()}
             done = epochs if state == "finished" else trainer.current_epoch
-            # A run that had nothing left to do keeps what it had.
+            # One that went on with nothing left to train, or that fails at once, keeps the metrics that it had.
             metrics = scalars(trainer) or read_status(self.folder).metrics
             write_status(self.folder, Status(state, done, epochs, metrics, measures, error))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.started = time.monotonic()
+        self.since = time.monotonic()
         self._write(trainer, "running")
-        if trainer.global_step == 0:
-            trainer.save_checkpoint(self.last)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.timers["train_images_per_s"].start(len(batch[0]))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.timers["train_images_per_s"].stop()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.timers["images_per_s"].start(len(batch[0]))
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.timers["images_per_s"].stop()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.curves.append({"epoch": float(trainer.current_epoch), **scalars(trainer)})
+        if trainer.is_global_zero:
+            columns = list(dict.fromkeys(name for row in self.curves for name in row))
+            text = io.StringIO()
+            writer = csv.DictWriter(text, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({**row, "epoch": int(row["epoch"])} for row in self.curves)
+            write_text(self.folder / "curves.csv", text.getvalue())
         self._write(trainer, "running")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -74,15 +103,108 @@ class RunState(Callback):
             self._write(trainer, "failed", f"{type(exception).__name__}: {text[0] if text else ''}")
 
 
+class Timer:
+    """Images a second, without the first batch, which warms up."""
+
+    def __init__(self) -> None:
+        self.images, self.seconds, self.warm = 0, 0.0, False
+        self.now, self.size = 0.0, 0
+
+    def start(self, size: int) -> None:
+        self.now, self.size = time.perf_counter(), size
+
+    def stop(self) -> None:
+        if self.warm:
+            self.images += self.size
+            self.seconds += time.perf_counter() - self.now
+        self.warm = True
+
+    @property
+    def rate(self) -> float:
+        return round(self.images / self.seconds, 1) if self.seconds else 0.0
+
+
+def peak_mib() -> int:
+    """The most memory that this process has held: on the GPU where there is one, else its resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+class Checkpoints(Callback):
+    """Leaves a checkpoint to go on from exactly: before the first step, every few minutes, and at Ctrl-C or SIGTERM.
+
+    A signal lets the step end first, so that the checkpoint lies between two steps; a second one stops at once.
+    (ModelCheckpoint writes the same file behind every epoch.)
+
+    Args:
+        last: the file.
+        minutes: between two checkpoints in the midst of an epoch.
+    """
+
+    def __init__(self, last: Path, minutes: float = MINUTES_BETWEEN_CHECKPOINTS) -> None:
+        self.last, self.minutes = last, minutes
+        self.saved = time.monotonic()
+        self.asked = False
+        self.before: dict[int, Any] = {}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._release()
+        self.asked = True
+
+    def _release(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.last)
+        self.saved = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # configure_optimizers asks for the number of steps, which sets the loaders up before the checkpoint's loops are
+        # restored; Lightning then never gives the loaders their state. No batch has been fetched yet.
+        trainer.fit_loop._load_combined_loader_states()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self._ask)
+        if trainer.global_step == 0:
+            self._save(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.asked:  # during validation: the epoch's own checkpoint has been written
+            raise KeyboardInterrupt
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        steps_now = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        ends_epoch = batch_idx + 1 >= trainer.num_training_batches
+        if not steps_now or ends_epoch:
+            return
+        if self.asked or time.monotonic() - self.saved > 60 * self.minutes:
+            self._save(trainer)
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.saved = time.monotonic()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release()
+
+
 class RandomState(Callback):
-    """Stores the random generators with every checkpoint and puts them back at the first epoch after a resume."""
+    """Stores the random generators with every checkpoint and puts them back before the first step of a resumed run."""
 
     def __init__(self) -> None:
         self.loaded: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        kind, keys, at, has_gauss, gauss = np.random.get_state()  # what timm and others draw from
+        kind, keys, at, has_gauss, gauss = np.random.get_state()
         state["numpy"] = (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), at, has_gauss, gauss)
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state_all()
@@ -91,7 +213,7 @@ class RandomState(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.loaded = state_dict
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.loaded is None:
             return
         state, self.loaded = self.loaded, None
@@ -121,7 +243,7 @@ class Record(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         board = self._board(trainer)
         data: Any = getattr(trainer, "datamodule", None)
-        if board is None or not trainer.is_global_zero or data is None or trainer.current_epoch > 0:
+        if board is None or not trainer.is_global_zero or data is None or trainer.global_step > 0:
             return
         images, targets = data.sample(16)
         board.experiment.add_images("samples", images, 0)

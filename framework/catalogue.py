@@ -17,6 +17,7 @@ from framework.backbones import Backbone
 from framework.config import document_hints
 from framework.data import ImageData
 from framework.errors import ConfigError
+from framework.mix import Mix
 from framework.objectives import Objective
 from framework.optim import Optimizer, Schedule
 from framework.tasks import Task
@@ -34,6 +35,7 @@ KINDS: dict[str, tuple[type, int]] = {
     "activation": (base.Act, 0),
     "position": (base.Position, 0),
     "head": (heads.Head, 2),
+    "mix": (Mix, 0),
     "objective": (Objective, 0),
     "optimizer": (Optimizer, 0),
     "schedule": (Schedule, 0),

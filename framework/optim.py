@@ -39,12 +39,13 @@ class Optimizer(ABC):
     lr: float
 
     @abstractmethod
-    def build(self, model: nn.Module) -> torch.optim.Optimizer: ...
+    def build(self, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
+        """The optimizer of `model`'s parameters; `fused` where its step may run as one kernel."""
 
 
 @dataclass(frozen=True)
 class AdamW(Optimizer):
-    """AdamW with decoupled weight decay, in its fused form.
+    """Adam with decoupled weight decay.
 
     Args:
         lr: peak learning rate.
@@ -60,9 +61,9 @@ class AdamW(Optimizer):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+    def build(self, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
         groups = parameter_groups(model, self.weight_decay)
-        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=fused or None)
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ class SGD(Optimizer):
     weight_decay: float = 1e-4
     nesterov: bool = True
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+    def build(self, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
         groups = parameter_groups(model, self.weight_decay)
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=True)
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=fused or None)
 
 
 class Schedule(ABC):
@@ -149,7 +150,7 @@ class OneCycle(Schedule):
         def factor(step: int) -> float:
             if step < top:
                 return 1 + (first - 1) * 0.5 * (1 + cos(pi * step / top))
-            part = min((step - top) / (last - top), 1.0)
+            part = min((step - top) / max(last - top, 1e-9), 1.0)
             return final + (1 - final) * 0.5 * (1 + cos(pi * part))
 
         return LambdaLR(optimizer, factor)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,16 +13,15 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from framework.ablation.state import read_status
-from framework.callbacks import RandomState, Record, RunState
+from framework.ablation.state import write_text
+from framework.callbacks import Checkpoints, RandomState, Record, RunState
 from framework.config import compose, dump
 from framework.construct import Workbench, complete
 from framework.errors import ConfigError
 from framework.measure import meta_model
+from framework.provenance import write_provenance
 
 CONFIG, RESOLVED, LAST, BEST = "config.yaml", "resolved.yaml", "checkpoints/last.ckpt", "checkpoints/best.ckpt"
-
-LENGTHS = ("max_epochs", "max_steps", "max_time", "fast_dev_run")
 
 for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.WARNING)
@@ -59,15 +56,6 @@ def existing(checkpoint: str) -> Path:
     return path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
 def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Every value of a document by its dotted path, as users write it (without `init_args`)."""
     found: dict[str, Any] = {}
@@ -82,8 +70,9 @@ def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check(document: Mapping[str, Any], checkpoint: Path | None = None) -> None:
     """Raises what `train` would raise before its first step, as far as that can be known without data."""
-    if not any(document["trainer"].get(name) for name in LENGTHS):
-        raise ConfigError("trainer.max_epochs: is missing; say how long to train, as --trainer.max_epochs=300")
+    given = document["trainer"]
+    if not given.get("fast_dev_run") and max(given.get("max_epochs") or 0, given.get("max_steps") or 0) < 1:
+        raise ConfigError("trainer.max_epochs: nothing says how long to train; set it, as --trainer.max_epochs=300")
     model = meta_model(document)
     if checkpoint:
         check_weights(model, read_weights(checkpoint), checkpoint)
@@ -111,11 +100,11 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
     bench = Workbench(finished)
     data, model = bench.make_data(), bench.make_model()
     last = folder / LAST
-    measures: dict[str, float] = {"params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    measures |= {name: value for name, value in read_status(folder).measures.items() if name != "seconds"}
+    write_provenance(folder, int(document.get("seed", 0)))
     callbacks: list[Callback] = [
         RandomState(),
-        RunState(folder, last, measures),
+        RunState(folder, {"params": sum(p.numel() for p in model.parameters() if p.requires_grad)}),
+        Checkpoints(last),
         Record(flat({key: finished[key] for key in ("model", "data", "seed")})),
         ModelCheckpoint(last.parent, filename="best", monitor="val/acc1", mode="max", enable_version_counter=False),
         ModelCheckpoint(last.parent, filename="last", save_on_train_epoch_end=True, enable_version_counter=False),

@@ -1,6 +1,5 @@
 """Runs: killed and gone on with to the same weights, interrupted with a checkpoint, recorded for TensorBoard."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 
 from framework import run as runs
 from framework.ablation.state import read_status
@@ -76,44 +74,6 @@ def test_a_killed_run_goes_on_to_the_same_weights(whole: Path, tmp_path: Path) -
     for key, value in one["state_dict"].items():
         assert torch.equal(value, two["state_dict"][key]), key
     assert read_status(whole).metrics == read_status(path).metrics
-
-
-class Press(Callback):
-    """Ctrl-C in the midst of an epoch."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.current_epoch == self.epoch and batch_idx == 3:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("epoch", [0, 2])
-def test_ctrl_c_leaves_a_checkpoint_that_goes_on_to_the_same_weights(whole, tmp_path, monkeypatch, capsys, epoch) -> None:
-    from framework.cli import main
-
-    made = runs.Workbench.make_trainer
-    handler = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            runs.Workbench,
-            "make_trainer",
-            lambda self, **kw: made(self, **{**kw, "callbacks": [*kw["callbacks"], Press(epoch)]}),
-        )
-        overrides = [f"--{key}={value}" for key, value in SETTINGS.items()]
-        config = "experiments/base/tnt_digits.yaml"
-        assert main(["fit", "--config", config, "--runs", str(tmp_path), *overrides]) == 130
-    signal.signal(signal.SIGINT, handler)  # Lightning leaves Ctrl-C ignored on its way out
-    path = tmp_path / "tnt_digits" / "0"
-    assert read_status(path).state == "interrupted"
-    shown = capsys.readouterr().out
-    command = shown.split("goes on with:")[1].split()
-    assert command[:3] == ["python", "cli.py", "fit"]
-    assert main(command[2:]) == 0
-    assert os.listdir(tmp_path / "tnt_digits") == ["0"]
-    one, two = weights(whole)["state_dict"], weights(path)["state_dict"]
-    assert all(torch.equal(value, two[key]) for key, value in one.items())
 
 
 def test_tensorboard_has_curves_samples_and_a_row_of_hparams(whole: Path) -> None:

@@ -56,7 +56,7 @@ def fit(args: Namespace, document: dict[str, Any]) -> int:
     if trainer.callback_metrics:
         show_metrics(trainer.callback_metrics, f"after {trainer.current_epoch} epochs")
     else:
-        out.print(f"nothing is left to train after {trainer.current_epoch} epochs; ask for more, as --trainer.max_epochs=…")
+        out.print(f"nothing left to train after {trainer.current_epoch} epochs; more with --trainer.max_epochs=…")
     checkpoints = [str(folder / name) for name in (LAST, BEST) if (folder / name).is_file()]
     out.print(f"checkpoints: {', '.join(checkpoints)}\ncurves: tensorboard --logdir {folder}")
     return 0

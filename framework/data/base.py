@@ -11,20 +11,22 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from framework.errors import ConfigError
 
 Batch = tuple[Tensor, Tensor]
 
 # What the random streams are for: the first part of `seed_of`.
-ORDER, AUGMENT = 0, 1
+ORDER, AUGMENT, MIX = 0, 1, 2
 
 PURPOSES = {"train": "training", "val": "validation", "test": "testing"}
 
@@ -123,6 +125,53 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+class _Rest:
+    """The batches of a loader's sampler, without those that a resumed epoch has had; what is skipped is not read."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+        self.skip = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # A generator: torch makes two of them for worker processes, and only the one that is used may skip.
+        skip, self.skip = self.skip, 0
+        yield from islice(iter(self.batches), skip, None)
+
+
+class Loader(DataLoader[Batch]):
+    """A DataLoader that a run can go on with in the midst of an epoch: Lightning stores its state in checkpoints."""
+
+    done = 0
+
+    @cached_property
+    def _index_sampler(self) -> Any:
+        return _Rest(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self.done = self._index_sampler.skip
+        for batch in super().__iter__():
+            self.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": getattr(self._order, "epoch", 0), "done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        # With worker processes the first batches are asked for before Lightning calls set_epoch.
+        whole = state["done"] >= len(self)
+        self._index_sampler.skip = 0 if whole else state["done"]
+        if hasattr(self._order, "set_epoch"):
+            self._order.set_epoch(state["epoch"] + whole)
+
+    @property
+    def _order(self) -> Any:
+        """The sampler under the batches; over several devices Lightning puts one of its own round ours."""
+        return self.batch_sampler.sampler if isinstance(self.batch_sampler, BatchSampler) else self.sampler
+
+
 class ImageData(LightningDataModule, ABC):
     """Images with one class each, in three splits. Batches are `(images, targets)`: normalised float32
     `(B, C, H, W)` and int64 `(B,)`.
@@ -189,7 +238,7 @@ class ImageData(LightningDataModule, ABC):
 
     def _loader(self, images: ImageSet, sampler: Sampler[int] | None = None, drop_last: bool = False) -> DataLoader:
         workers = self.workers if images.slow else 0
-        return DataLoader(
+        return Loader(
             images,
             batch_size=self.batch_size,
             sampler=sampler,

@@ -13,6 +13,8 @@ from blocks.base import BuildError
 from blocks.heads import AveragePoolHead, HeadFactory
 from framework.backbones import BackboneFactory
 from framework.data.base import Image
+from framework.errors import ConfigError
+from framework.mix import Mix, NoMix
 from framework.objectives import CrossEntropy, Objective, Step
 from framework.optim import AdamW, Cosine, Optimizer, Schedule
 from framework.tasks.base import Task
@@ -29,6 +31,7 @@ class Classification(Task):
         image: size and channels of its images; from the data module where it is left out.
         num_classes: number of classes; from the data module where it is left out.
         head: final features to logits.
+        mix: how training images are mixed with each other.
         objectives: the loss terms by name; they are added up with their weights.
         optimizer: how weights are updated.
         schedule: how the learning rate changes.
@@ -43,6 +46,7 @@ class Classification(Task):
         image: Image,
         num_classes: int,
         head: HeadFactory = AveragePoolHead,
+        mix: Mix = NoMix(),
         objectives: dict[str, Objective] = {},  # noqa: B006 (read only)
         optimizer: Optimizer = AdamW(),
         schedule: Schedule = Cosine(),
@@ -56,7 +60,7 @@ class Classification(Task):
         self.head = head(self.backbone.out, num_classes)
         self.objectives = nn.ModuleDict(objectives or {"cross_entropy": CrossEntropy()})
         self.backbone.keep(self.read_parts())
-        self.optimizer, self.schedule = optimizer, schedule
+        self.mix, self.optimizer, self.schedule = mix, optimizer, schedule
         top5 = min(5, num_classes)
         self.metrics = nn.ModuleDict(
             {
@@ -77,7 +81,7 @@ class Classification(Task):
         return self.head(self.backbone(images))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, targets = batch
+        images, targets = self.mix(*batch, self.num_classes, self.trainer.fit_loop.total_batch_idx)
         features = self.backbone(images)
         step = Step(images, targets, features, self.head(features))
         values = {name: term(step) for name, term in self.objectives.items()}
@@ -110,8 +114,11 @@ class Classification(Task):
         return self(batch[0]).softmax(dim=1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer.build(self)
-        steps = int(self.trainer.estimated_stepping_batches)
-        epochs = self.trainer.max_epochs or 1
-        scheduler = self.schedule.build(optimizer, steps, epochs)
+        # Lightning does not clip gradients that a fused optimizer unscales by itself.
+        fused = not (self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision))
+        optimizer = self.optimizer.build(self, fused)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ConfigError("trainer.max_epochs: the schedule needs an end; give max_epochs or max_steps")
+        scheduler = self.schedule.build(optimizer, int(steps), self.trainer.max_epochs or 1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

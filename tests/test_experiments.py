@@ -1,0 +1,106 @@
+"""Every file in experiments/: the zoo against published numbers, the studies cell by cell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from framework.ablation.grid import cells
+from framework.config import compose, override
+from framework.measure import measure, meta_model
+from framework.run import train
+from tests.conftest import EXPERIMENTS
+
+KEYS = Path(__file__).parent / "keys"
+FILES = sorted(EXPERIMENTS.rglob("*.yaml"))
+STUDIES = sorted(EXPERIMENTS.glob("ablation_*.yaml"))
+
+# Trainable parameters and 10⁹ MACs at 224 px: the authors' own nets, counted with torch's FlopCounterMode. TNT's own
+# counts are higher by the frozen sines and cosines that its final form registers as parameters.
+ZOO = {
+    "deit_b": (86_567_656, 17.5638),
+    "deit_b_distilled": (87_338_192, 17.6568),
+    "deit_s": (22_050_664, 4.5989),
+    "deit_s_distilled": (22_436_432, 4.6241),
+    "deit_ti": (5_717_416, 1.2537),
+    "deit_ti_distilled": (5_910_800, 1.2610),
+    "next_vit_b": (44_818_856, 8.2738),
+    "next_vit_l": (57_874_344, 10.7532),
+    "next_vit_s": (31_763_368, 5.7944),
+    "next_vit_s_words": (31_870_696, 5.9),
+    "timm_resnet50": (25_557_032, 4.0892),
+    "tnt_b": (65_428_680, 14.0491),
+    "tnt_s": (23_768_584, 5.2169),
+    "tnt_s_1": (22_519_432, 4.7930),
+    "tnt_s_2": (22_363_288, 4.7400),
+    "tnt_s_3": (22_207_144, 4.6870),
+    "tnt_s_4": (22_051_000, 4.6340),
+    "tnt_s_legacy": (23_755_336, 5.2169),
+    "tnt_s_m4": (25_032_040, 5.9755),
+    "tnt_s_m64": (23_686_000, 5.1085),
+    "tnt_s_se": (24_668_296, 5.2178),
+    "tnt_ti": (6_076_408, 1.4037),
+    "vit_b_16": (86_567_656, 17.5638),
+    "vit_b_32": (88_224_232, 4.4092),
+    "vit_l_16": (304_326_632, 61.5547),
+}
+
+
+def zoo(name: str) -> dict[str, Any]:
+    return compose([EXPERIMENTS / f"zoo/{name}.yaml"])
+
+
+def test_the_table_is_the_zoo() -> None:
+    assert set(ZOO) == {path.stem for path in (EXPERIMENTS / "zoo").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_zoo_costs_what_was_published(name: str) -> None:
+    found = measure(zoo(name))
+    params, macs = ZOO[name]
+    assert found["params"] == params
+    assert found["macs"] == pytest.approx(macs * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("path", sorted(KEYS.glob("*.txt")), ids=lambda path: path.stem)
+def test_state_dict_keys_are_an_interface(path: Path) -> None:
+    """Where a change is meant, write the keys anew and say so in the changelog: checkpoints do not load any more."""
+    assert list(meta_model(zoo(path.stem)).state_dict()) == path.read_text().split()
+
+
+def test_state_dict_keys_are_kept_for_each_family() -> None:
+    kept = {path.stem for path in KEYS.glob("*.txt")}
+    assert kept == {"tnt_s", "tnt_s_se", "tnt_s_legacy", "deit_s_distilled", "next_vit_s"}
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_cell_of_a_study_builds(path: Path) -> None:
+    document = compose([path])
+    found = cells(document, override)
+    seeds = document["ablation"].get("seeds", [0, 1, 2])
+    assert len(found) % len(seeds) == 0
+    firsts = [cell for cell in found if cell.seed == seeds[0]]
+    assert len(firsts) > 1
+    configs = [cell.document["model"] for cell in firsts]
+    assert all(one not in configs[:i] for i, one in enumerate(configs)), "two cells are the same net"
+    for cell in firsts:
+        meta_model(cell.document)
+
+
+@pytest.mark.parametrize(
+    "path", [*STUDIES, *sorted((EXPERIMENTS / "base").glob("*_digits.yaml"))], ids=lambda p: p.stem
+)
+def test_digits_recipes_take_a_step(path: Path, tmp_path: Path) -> None:
+    document = override(compose([path]), {"ablation": None, "trainer.fast_dev_run": True})
+    trainer = train(tmp_path, document, bar=False)
+    assert trainer.global_step == 1
+    assert trainer.callback_metrics["val/loss"].isfinite()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(EXPERIMENTS)))
+def test_every_file_says_what_it_is(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert len(first) > 30
