@@ -1,4 +1,4 @@
-"""What numbers over a few seeds are worth: intervals, tests of differences paired by seed, and what no test can show."""
+"""What numbers over a few seeds are worth: intervals, tests paired by seed, and what so few cannot show."""
 
 from __future__ import annotations
 
@@ -125,17 +125,14 @@ def reach(seeds: int, comparisons: int) -> str:
         seeds: the most pairs that a comparison has.
         comparisons: how many comparisons there are.
     """
-    smallest, needed, alone = smallest_p(seeds), seeds_needed(comparisons), seeds_needed(1)
+    needed, alone = seeds_needed(comparisons), seeds_needed(1)
     if seeds < 1 or seeds >= needed:
         return ""
-    many = "seeds" if seeds > 1 else "seed"
-    text = f"With {seeds} paired {many} the sign-flip test cannot give a p below 2/2^{seeds} = {smallest:.2g}"
-    if comparisons == 1:
-        return f"{text}: no difference can be significant at {ALPHA}, however large. It takes {needed} seeds."
-    text += f", which Holm's correction over {comparisons} comparisons makes {min(1.0, comparisons * smallest):.2g}"
-    takes = (
-        f"It takes {needed} seeds"
-        if alone == needed
-        else f"It takes {alone} seeds before the correction, {needed} after"
+    many, least = "seeds" if seeds > 1 else "seed", smallest_p(seeds)
+    corrected = f" ({min(1.0, comparisons * least):.2g} after Holm's correction over {comparisons} comparisons)"
+    takes = f"{alone} seeds, and {needed} after the correction" if seeds < alone < needed else f"{needed} seeds"
+    return (
+        f"With {seeds} paired {many} the sign-flip test cannot give a p below 2/2^{seeds} = {least:.2g}"
+        f"{corrected if comparisons > 1 else ''}, so by it no difference can be significant at {ALPHA}, however large; "
+        f"it takes {takes}."
     )
-    return f"{text}: no difference can be significant at {ALPHA}, however large. {takes} it."

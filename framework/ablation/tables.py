@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from framework.ablation.grid import Published
-from framework.ablation.state import cut, read_status, read_study, write_text
+from framework.ablation import stats
+from framework.ablation.grid import Choices, Published, When, applying
+from framework.ablation.state import cut, read_status, read_study
+from framework.ablation.stats import Comparison, Sample
 from framework.errors import suggest
 
 if TYPE_CHECKING:
@@ -21,8 +23,25 @@ NOTHING = "–"
 
 
 @dataclass(frozen=True)
+class Measure:
+    """Something that runs measured of themselves: its column, and the one number that its seeds make."""
+
+    head: str
+    over_seeds: Callable[[Iterable[float]], float]
+
+
+# By the name in the status of a run.
+MEASURES = {
+    "train_images_per_s": Measure("train img/s", statistics.fmean),
+    "images_per_s": Measure("eval img/s", statistics.fmean),
+    "peak_mib": Measure("peak MiB", max),
+    "seconds": Measure("time (s)", statistics.fmean),
+}
+
+
+@dataclass(frozen=True)
 class Failure:
-    """A run that failed, or finished without the metric that is compared."""
+    """A run that failed, or finished without a metric that is compared."""
 
     seed: int
     reason: str
@@ -30,15 +49,64 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One cell of the study over its seeds; what is not there is nan."""
+class Metric:
+    """A metric, and how its name says that it is read."""
 
-    choices: dict[str, str]
+    name: str
+
+    @property
+    def percent(self) -> bool:
+        """Whether it is a fraction that readers know in per cent."""
+        return self.name.split("/")[-1].startswith("acc")
+
+    @property
+    def lower(self) -> bool:
+        """Whether less is better."""
+        name = self.name.split("/")[-1].lower()
+        return any(part in name for part in ("loss", "err", "mse", "mae", "perplexity"))
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} (%)" if self.percent else self.name
+
+    @property
+    def scale(self) -> int:
+        """What a value is multiplied with before it is shown."""
+        return 100 if self.percent else 1
+
+    def show(self, value: float, sign: str = "") -> str:
+        """A value without its unit; `sign="+"` for a difference."""
+        return format(self.scale * value, f"{sign}.1f" if self.percent else f"{sign}.4g")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One metric of one cell.
+
+    Args:
+        sample: over its seeds.
+        comparison: with its baseline, uncorrected; of nothing where it is the baseline, or has none.
+        sign_flip: p after Holm's correction over the cells of the table.
+        t_test: the same of the t-test.
+    """
+
+    sample: Sample
+    comparison: Comparison
+    sign_flip: float
+    t_test: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell of the study over its seeds; what is not there is nan. `values` are by metric and seed."""
+
+    choices: Choices
     folder: str
     params: int
     macs: int
     published: float = math.nan
-    values: dict[int, float] = field(default_factory=dict)
+    values: dict[str, dict[int, float]] = field(default_factory=dict)
+    measures: dict[str, float] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
 
     @property
@@ -46,15 +114,8 @@ class Row:
         return "/".join(self.choices.values())
 
     @property
-    def mean(self) -> float:
-        return statistics.fmean(self.values.values()) if self.values else math.nan
-
-    @property
-    def std(self) -> float:
-        """The standard deviation of a sample: over n − 1."""
-        # A run that diverged makes the mean nan or infinite, which `stdev` does not take.
-        known = len(self.values) > 1 and math.isfinite(self.mean)
-        return statistics.stdev(self.values.values()) if known else math.nan
+    def label(self) -> str:
+        return " / ".join(self.choices.values())
 
 
 @dataclass(frozen=True)
@@ -62,26 +123,24 @@ class Table:
     """The rows of a study, in the order of its axes, and what is needed to read them."""
 
     name: str
-    metric: str
-    axes: list[str]
+    metrics: list[Metric]
+    axes: dict[str, list[str]]
     seeds: list[int]
-    baseline: dict[str, str]
+    baseline: Choices
+    when: When
     published: Published | None
     rows: list[Row]
 
     @property
-    def percent(self) -> bool:
-        """Whether the metric is a fraction that readers know in per cent."""
-        return self.metric.split("/")[-1].startswith("acc")
-
-    @property
-    def label(self) -> str:
-        return f"{self.metric} (%)" if self.percent else self.metric
+    def metric(self) -> Metric:
+        """The main one."""
+        return self.metrics[0]
 
     @property
     def title(self) -> str:
+        metrics = ", ".join(metric.name for metric in self.metrics)
         many = "seeds" if len(self.seeds) > 1 else "seed"
-        return f"{self.name}: {self.metric}, mean ± std, {many} {', '.join(str(seed) for seed in self.seeds)}"
+        return f"{self.name}: {metrics}, mean ± std, {many} {', '.join(str(seed) for seed in self.seeds)}"
 
     @property
     def paper(self) -> str:
@@ -95,14 +154,6 @@ class Table:
         return f"paper: {self.published.source}" if self.published else ""
 
     @property
-    def best(self) -> float:
-        """The best mean; nan where there is none."""
-        means = [row.mean for row in self.rows if not math.isnan(row.mean)]
-        name = self.metric.split("/")[-1].lower()
-        lower = any(part in name for part in ("loss", "err", "mse", "mae", "perplexity"))
-        return (min if lower else max)(means, default=math.nan)
-
-    @property
     def failures(self) -> list[str]:
         """A line for each run that failed."""
         return [
@@ -111,32 +162,59 @@ class Table:
             for failure in row.failures
         ]
 
-    def baseline_of(self, row: Row) -> Row | None:
-        """What a row is compared with: the row that has the baseline's values where it names them, and its own else."""
-        wanted = {**row.choices, **self.baseline}
-        return next((other for other in self.rows if other.choices == wanted), None) if self.baseline else None
+    @cached_property
+    def baselines(self) -> list[Row | None]:
+        """What each row is compared with: the row that has the baseline's values where it names them, else its own."""
+        rows = {frozenset(row.choices.items()): row for row in self.rows}
+        wanted = [applying({**row.choices, **self.baseline}, self.when) for row in self.rows]
+        return [rows.get(frozenset(choices.items())) if self.baseline else None for choices in wanted]
 
-    def difference(self, row: Row) -> float:
-        """How far the mean of a row lies above that of its baseline; nan where it is its own, or has none."""
-        baseline = self.baseline_of(row)
-        return math.nan if baseline is None or baseline is row else row.mean - baseline.mean
+    @cached_property
+    def results(self) -> dict[str, list[Result]]:
+        """By metric: one for each row."""
+        return {metric.name: self._results(metric.name) for metric in self.metrics}
 
-    def show(self, value: float) -> str:
-        """A value of the metric, without its unit."""
-        return f"{100 * value:.1f}" if self.percent else f"{value:.4g}"
+    def _results(self, metric: str) -> list[Result]:
+        samples = [stats.sample(list(row.values.get(metric, {}).values())) for row in self.rows]
+        comparisons = [
+            stats.compare(row.values.get(metric, {}), baseline.values.get(metric, {}))
+            if baseline and baseline is not row
+            else stats.compare({}, {})
+            for row, baseline in zip(self.rows, self.baselines, strict=True)
+        ]
+        sign_flips = stats.holm([comparison.sign_flip for comparison in comparisons])
+        t_tests = stats.holm([comparison.t_test for comparison in comparisons])
+        return [Result(*each) for each in zip(samples, comparisons, sign_flips, t_tests, strict=True)]
 
-    def show_difference(self, value: float) -> str:
-        return f"{100 * value:+.1f}" if self.percent else f"{value:+.4g}"
+    def best(self, metric: Metric) -> float:
+        """The best mean; nan where there is none."""
+        means = [result.sample.mean for result in self.results[metric.name]]
+        return (min if metric.lower else max)((mean for mean in means if not math.isnan(mean)), default=math.nan)
+
+    @property
+    def notes(self) -> list[str]:
+        """How the table is to be read, and what it cannot show; a sentence or two each."""
+        compared = [result for result in self.results[self.metric.name] if result.comparison.difference.n]
+        if not compared:
+            return [self.source] if self.source else []
+        many = f"over {len(compared)} comparisons" if len(compared) > 1 else "over 1 comparison"
+        read = (
+            "Δ: mean difference to the baseline over the seeds that both have, with its 95 % t-interval. p flip: exact "
+            f"sign-flip test, p t: t-test, both paired by seed, two-sided, after Holm's correction {many}."
+        )
+        reach = stats.reach(max(result.comparison.difference.n for result in compared), len(compared))
+        return [note for note in (read, reach, self.source) if note]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column as it is printed, everywhere but in CSV."""
+    """A column as it is printed, everywhere but in CSV; where there is little room the highest `rank` is left out."""
 
     head: str
     texts: list[str]
     number: bool = True
     bold: frozenset[int] = frozenset()
+    rank: int = 0
 
 
 def collect(study: Path) -> Table:
@@ -147,134 +225,69 @@ def collect(study: Path) -> Table:
     """
     data = read_study(study)
     published = Published(**data["published"]) if data["published"] else None
-    table = Table(data["name"], data["metric"], list(data["axes"]), data["seeds"], data["baseline"], published, [])
+    names = [data["metric"]] if isinstance(data["metric"], str) else data["metric"]
+    table = Table(
+        data["name"],
+        [Metric(name) for name in names],
+        data["axes"],
+        data["seeds"],
+        data["baseline"],
+        data.get("when", {}),
+        published,
+        [],
+    )
     for cell in data["cells"]:
-        row = Row(cell["choices"], cell["folder"], cell["params"], cell["macs"])
+        row = Row(cell["choices"], cell["folder"], cell["params"], cell["macs"], values={name: {} for name in names})
         if published:
             row = replace(row, published=published.rows.get(row.name, math.nan))
+        measured: dict[str, list[float]] = {}
         for seed in table.seeds:
             folder = study / row.folder / f"seed={seed}"
             status = read_status(folder)
-            if status.state == "finished" and table.metric in status.metrics:
-                row.values[seed] = status.metrics[table.metric]
-            elif status.state == "finished":
-                reason = f"finished without {table.metric!r}; {suggest(table.metric, status.metrics)}"
-                row.failures.append(Failure(seed, reason, folder / "log.txt"))
-            elif status.state == "failed":
+            if status.state == "failed":
                 row.failures.append(Failure(seed, status.error, folder / "log.txt"))
+            if status.state != "finished":
+                continue
+            for name, value in status.measures.items():
+                measured.setdefault(name, []).append(value)
+            for name in names:
+                if name in status.metrics:
+                    row.values[name][seed] = status.metrics[name]
+                else:
+                    reason = f"finished without {name!r}; {suggest(name, status.metrics)}"
+                    row.failures.append(Failure(seed, reason, folder / "log.txt"))
+        row.measures.update({name: MEASURES[name].over_seeds(measured[name]) for name in MEASURES if name in measured})
         table.rows.append(row)
     return table
 
 
 def columns(table: Table) -> list[Column]:
     """The table in text: what all printed forms share."""
-    rows = table.rows
-    made = [Column(axis, [row.choices[axis] for row in rows], number=False) for axis in table.axes]
-    if any(len(row.values) != len(table.seeds) for row in rows):
-        made.append(Column("n", [str(len(row.values)) for row in rows]))
-    best = frozenset(place for place, row in enumerate(rows) if row.mean == table.best)
-    made.append(Column(table.label, [_metric(table, row) for row in rows], bold=best))
+    rows, main = table.rows, table.metric
+    results = table.results[main.name]
+    made = [Column(axis, [row.choices.get(axis, NOTHING) for row in rows], number=False) for axis in table.axes]
+    if any(result.sample.n != len(table.seeds) for result in results):
+        made.append(Column("n", [str(result.sample.n) for result in results], rank=1))
+    made.append(_means(table, main))
+    if len(table.seeds) > 1:
+        intervals = [_interval(main, result.sample) or NOTHING for result in results]
+        made.append(Column("95 % interval", intervals, rank=6))
     if table.baseline:
-        made.append(Column("Δ vs baseline", [_difference(table, row) for row in rows]))
-    made.append(Column("params", [short(row.params) for row in rows]))
-    made.append(Column("MACs", [short(row.macs) for row in rows]))
+        made.append(Column("Δ [95 % interval]", [_difference(table, place) for place in range(len(rows))], rank=1))
+        made.append(Column("p flip", [_p(result.sign_flip) for result in results], rank=2))
+        made.append(Column("p t", [_p(result.t_test) for result in results], rank=6))
+    made += [replace(_means(table, metric), rank=4) for metric in table.metrics[1:]]
+    made.append(Column("params", [short(row.params) for row in rows], rank=3))
+    made.append(Column("MACs", [short(row.macs) for row in rows], rank=3))
+    for name, measure in MEASURES.items():
+        if any(name in row.measures for row in rows):
+            made.append(Column(measure.head, [_measured(row.measures.get(name)) for row in rows], rank=5))
     if table.published:
         numbers = [row.published for row in rows]
         digits = max(len(str(number).partition(".")[2]) for number in numbers)
         texts = [NOTHING if math.isnan(number) else f"{number:.{digits}f}" for number in numbers]
-        made.append(Column(table.paper, texts))
+        made.append(Column(table.paper, texts, rank=1))
     return made
-
-
-def markdown(table: Table) -> str:
-    made = columns(table)
-    lines = [[column.head for column in made], ["---:" if column.number else "---" for column in made]]
-    for place in range(len(table.rows)):
-        texts = [column.texts[place].replace("|", "\\|") for column in made]
-        lines.append(
-            [f"**{text}**" if place in column.bold else text for column, text in zip(made, texts, strict=True)]
-        )
-    parts = [f"**{table.title}**", "\n".join(f"| {' | '.join(line)} |" for line in lines), table.source]
-    parts.append("\n".join(f"- failed: {failure}" for failure in table.failures))
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def latex(table: Table) -> str:
-    """For a document that loads booktabs."""
-    made = columns(table)
-
-    def line(texts: list[str]) -> str:
-        return f"    {' & '.join(texts)} \\\\"
-
-    body = [
-        line([rf"\textbf{{{_tex(c.texts[place])}}}" if place in c.bold else _tex(c.texts[place]) for c in made])
-        for place in range(len(table.rows))
-    ]
-    caption = f"{table.title}. {table.source[:1].upper()}{table.source[1:]}".strip()
-    return "\n".join(
-        [
-            *(f"% failed: {failure}" for failure in table.failures),
-            r"\begin{table}",
-            r"  \centering",
-            rf"  \caption{{{_tex(caption)}}}",
-            rf"  \begin{{tabular}}{{{''.join('r' if column.number else 'l' for column in made)}}}",
-            r"    \toprule",
-            line([_tex(column.head) for column in made]),
-            r"    \midrule",
-            *body,
-            r"    \bottomrule",
-            r"  \end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-def as_csv(table: Table) -> str:
-    """The numbers as they are, for other programs: fractions stay fractions, and what is not there is empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*table.axes, "n", table.metric, "std", "difference", "params", "macs", "published", "error"])
-    for row in table.rows:
-        numbers = [row.mean, row.std, table.difference(row), row.params, row.macs, row.published]
-        texts = ["" if math.isnan(number) else str(number) for number in numbers]
-        error = "; ".join(failure.reason for failure in row.failures)
-        writer.writerow([*row.choices.values(), len(row.values), *texts, error])
-    return text.getvalue()
-
-
-def write(study: Path) -> list[Path]:
-    """Writes the table of a study, in all its forms, and its figure into the study's folder, and gives their paths."""
-    from framework.ablation.figure import draw
-
-    table = collect(study)
-    texts = {"table.md": markdown(table), "table.csv": as_csv(table), "table.tex": latex(table)}
-    for name, text in texts.items():
-        write_text(study / name, text)
-    draw(table, study / "figure.png")
-    return [study / name for name in (*texts, "figure.png")]
-
-
-def show(study: Path) -> None:
-    """Prints the table of a study, and the paths of its written forms."""
-    from rich.table import Table as Lines
-    from rich.text import Text
-
-    table = collect(study)
-    made = columns(table)
-    lines = Lines()
-    for column in made:
-        lines.add_column(Text(column.head), justify="right" if column.number else "left")
-    for place in range(len(table.rows)):
-        lines.add_row(*(Text(c.texts[place], style="bold" if place in c.bold else "") for c in made))
-    failures = [f"failed: {failure}" for failure in table.failures]
-    paths = [str(path) for path in sorted([*study.glob("table.*"), *study.glob("figure.png")])]
-    out = console()
-    # Beside the table and not its title and caption, which would be wrapped to its width.
-    out.print(Text(table.title, style="bold"), soft_wrap=True)
-    out.print(lines)
-    for line in filter(None, [table.source, *failures, *paths]):
-        out.print(Text(line), soft_wrap=True)
 
 
 def console() -> Console:
@@ -294,23 +307,39 @@ def short(number: float) -> str:
     return str(number)
 
 
-def _metric(table: Table, row: Row) -> str:
-    if row.values:
-        return f"{table.show(row.mean)} ± {table.show(row.std) if len(row.values) > 1 else NOTHING}"
-    if row.failures:
-        return f"failed: {cut(row.failures[0].reason, 40)}"
-    return NOTHING
+def _means(table: Table, metric: Metric) -> Column:
+    samples = [result.sample for result in table.results[metric.name]]
+    best = table.best(metric)
+    bold = frozenset(place for place, sample in enumerate(samples) if sample.mean == best)
+    texts = [_mean(metric, row, sample) for row, sample in zip(table.rows, samples, strict=True)]
+    return Column(metric.label, texts, bold=bold)
 
 
-def _difference(table: Table, row: Row) -> str:
-    if table.baseline_of(row) is row:
+def _mean(metric: Metric, row: Row, sample: Sample) -> str:
+    if diverged := [str(seed) for seed, value in row.values.get(metric.name, {}).items() if not math.isfinite(value)]:
+        return f"diverged: seed {', '.join(diverged)}"
+    if sample.n:
+        return f"{metric.show(sample.mean)} ± {NOTHING if sample.n == 1 else metric.show(sample.std)}"
+    return f"failed: {cut(row.failures[0].reason, 40)}" if row.failures else NOTHING
+
+
+def _interval(metric: Metric, sample: Sample, sign: str = "") -> str:
+    """Empty where there is none."""
+    return "" if math.isnan(sample.low) else f"[{metric.show(sample.low, sign)}, {metric.show(sample.high, sign)}]"
+
+
+def _difference(table: Table, place: int) -> str:
+    if table.baselines[place] is table.rows[place]:
         return "baseline"
-    difference = table.difference(row)
-    return NOTHING if math.isnan(difference) else table.show_difference(difference)
+    difference = table.results[table.metric.name][place].comparison.difference
+    if not math.isfinite(difference.mean):
+        return NOTHING
+    return f"{table.metric.show(difference.mean, '+')} {_interval(table.metric, difference, '+')}".strip()
 
 
-def _tex(text: str) -> str:
-    special: dict[str, str | int | None] = {each: f"\\{each}" for each in "&%$#_{}"}
-    special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    special |= {"±": r"$\pm$", "Δ": r"$\Delta$", "×": r"$\times$", "→": r"$\to$", "–": "--", "…": r"\dots{}"}
-    return text.translate(str.maketrans(special))
+def _p(value: float) -> str:
+    return NOTHING if math.isnan(value) else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _measured(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
