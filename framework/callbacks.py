@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from framework.ablation.state import Status, read_status, write_status, write_text
@@ -224,6 +225,13 @@ class RandomState(Callback):
         np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), at, has_gauss, cached))
         if torch.cuda.is_available() and "cuda" in state:
             torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+class Bar(RichProgressBar):
+    """Lightning's Rich progress bar without the number of the TensorBoard folder."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 class Record(Callback):

@@ -3,10 +3,12 @@ plain data: it loads with `weights_only=True`, and `load_from_checkpoint` rebuil
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from blocks import registry
@@ -26,13 +28,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
 Made = TypeVar("Made")
+_bench: Workbench | None = None  # that of `build_model`
 
 
 class Workbench(LightningCLI):
     """Lightning's CLI over one complete document: no command line, no subcommands, nothing instantiated until asked.
 
     Args:
-        document: a complete one (`complete`).
+        document: a complete one (`complete`), or some of its sections.
     """
 
     def __init__(self, document: Mapping[str, Any]) -> None:
@@ -51,11 +54,18 @@ class Workbench(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: Any) -> None:
         """Only what the document holds, and required: what may be null is a Union, which swallows errors."""
-        parser.add_lightning_class_args(Trainer, "trainer")
+        if "trainer" in self.document:
+            parser.add_lightning_class_args(Trainer, "trainer")
         for key, base in (("model", Task), ("data", ImageData)):
             if key in self.document:
                 action = parser.add_argument(f"--{key}", type=base, required=True)
                 action.sub_add_kwargs = {"fail_untyped": False}  # classes from outside may have no types
+
+    def use(self, document: Mapping[str, Any]) -> Workbench:
+        """The same bench over another document with the same sections; making a parser takes longer than using it."""
+        self.document = document
+        self.parse_arguments(self.parser, None)
+        return self
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         sections = {key: deepcopy(self.document[key]) for key in ("model", "data", "trainer") if key in self.document}
@@ -64,6 +74,10 @@ class Workbench(LightningCLI):
             self.config = parser.parse_object(sections, defaults=False)
         except Exception as error:  # what the walk lets through, in jsonargparse's words
             raise ConfigError(_one_line(str(error))) from error
+
+    def _dump_config(self) -> None:
+        """What checkpoints keep as hyper-parameters: the document, which is plain data already."""
+        self.config_dump = deepcopy(dict(self.document))
 
     def instantiate_classes(self) -> None:
         """Nothing yet: a net is not needed to look at data, nor the other way round."""
@@ -115,13 +129,20 @@ def complete(document: Mapping[str, Any]) -> dict[str, Any]:
     resolved = resolve(dict(document))
     args = resolved["model"].setdefault(ARGS, {})
     takes = typed.arguments(registry.find(Task, resolved["model"][CLASS]))
-    data = Workbench({"data": resolved["data"]}).make_data()
-    if "image" in takes and Image(**args.setdefault("image", asdict(data.image))) != data.image:
-        given, there = args["image"], asdict(data.image)
+    image, num_classes = _facts(json.dumps(resolved["data"], sort_keys=True))
+    if "image" in takes and Image(**args.setdefault("image", asdict(image))) != image:
+        given, there = args["image"], asdict(image)
         raise ConfigError(f"model.image: got {given}, but the data gives {there}; leave model.image out")
-    if "num_classes" in takes and args.setdefault("num_classes", data.num_classes) < data.num_classes:
-        raise ConfigError(f"model.num_classes: got {args['num_classes']}, but the data has {data.num_classes} classes")
+    if "num_classes" in takes and args.setdefault("num_classes", num_classes) < num_classes:
+        raise ConfigError(f"model.num_classes: got {args['num_classes']}, but the data has {num_classes} classes")
     return resolved
+
+
+@lru_cache(maxsize=64)
+def _facts(section: str) -> tuple[Image, int]:
+    """Image and number of classes of a data section; the cells of a study share theirs."""
+    data = Workbench({"data": json.loads(section)}).make_data()
+    return data.image, data.num_classes
 
 
 def build_model(document: Mapping[str, Any]) -> Task:
@@ -131,4 +152,7 @@ def build_model(document: Mapping[str, Any]) -> Task:
         ConfigError: the document is wrong.
         BuildError: the net cannot be built as asked.
     """
-    return Workbench(complete(document)).make_model()
+    global _bench
+    section = {"model": complete(document)["model"]}
+    _bench = _bench.use(section) if _bench else Workbench(section)
+    return _bench.make_model()

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from framework.ablation.state import write_text
-from framework.callbacks import Checkpoints, RandomState, Record, RunState
+from framework.ablation.state import read_study, write_text
+from framework.callbacks import Bar, Checkpoints, RandomState, Record, RunState
 from framework.config import compose, dump
 from framework.construct import Workbench, complete
 from framework.errors import ConfigError
@@ -79,6 +79,16 @@ def check(document: Mapping[str, Any], checkpoint: Path | None = None) -> None:
     Workbench(complete(document)).make_trainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
 
 
+def hparams(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of TensorBoard's hparams table: a study's axes and the seed; for a single run its whole config."""
+    try:
+        cells = read_study(folder.parent.parent)["cells"]
+    except ConfigError:
+        return flat({key: document[key] for key in ("model", "data", "seed")})
+    choices = next((cell["choices"] for cell in cells if cell["folder"] == folder.parent.name), {})
+    return {**choices, "seed": document["seed"]}
+
+
 def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = None, bar: bool = True) -> Trainer:
     """Trains `document` in `folder`, from its checkpoint where one is given, and keeps the folder's status.
 
@@ -105,13 +115,13 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
         RandomState(),
         RunState(folder, {"params": sum(p.numel() for p in model.parameters() if p.requires_grad)}),
         Checkpoints(last),
-        Record(flat({key: finished[key] for key in ("model", "data", "seed")})),
+        Record(hparams(folder, finished)),
         ModelCheckpoint(last.parent, filename="best", monitor="val/acc1", mode="max", enable_version_counter=False),
         ModelCheckpoint(last.parent, filename="last", save_on_train_epoch_end=True, enable_version_counter=False),
     ]
     shown = bar and sys.stdout.isatty()
     if shown:
-        callbacks.append(RichProgressBar())
+        callbacks.append(Bar())
     given = finished.get("trainer", {})
     defaults: dict[str, Any] = {
         "default_root_dir": folder,
