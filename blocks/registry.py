@@ -67,7 +67,7 @@ def find(base: type, name: str) -> type:
         return cls
     found = usable(base).get(name, [])
     if len(found) > 1:
-        paths = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in found)
+        paths = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in found[:4]) + ", …" * (len(found) > 4)
         raise LookupError(f"{name!r} means several classes; give the full path of one: {paths}")
     if not found:
         raise LookupError(f"unknown {base.__name__} {name!r}")

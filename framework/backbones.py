@@ -292,6 +292,11 @@ class TimmBackbone(Backbone):
         super().__init__()
         import timm
 
+        for key in ("img_size", "in_chans", "num_classes", "pretrained"):
+            if key in args:
+                raise BuildError(
+                    f"{WHERE}.args: {key} is not set here: image and classes come from the data, weights from training"
+                )
         if not timm.is_model(name):
             near = nearest(name, timm.list_models())
             hint = f"did you mean {near!r}?" if near else "timm.list_models() gives their names"

@@ -13,6 +13,7 @@ from docstring_parser import parse
 
 from blocks import base, heads, registry, residual
 from framework import typed
+from framework.ablation.launch import Launcher
 from framework.backbones import Backbone
 from framework.config import document_hints
 from framework.data import ImageData
@@ -40,6 +41,7 @@ KINDS: dict[str, tuple[type, int]] = {
     "optimizer": (Optimizer, 0),
     "schedule": (Schedule, 0),
     "data": (ImageData, 0),
+    "launcher": (Launcher, 0),
 }
 
 

@@ -11,11 +11,12 @@ from typing import NoReturn
 
 from framework.errors import ConfigError, nearest, suggest
 
-SECTIONS = ("model", "data", "trainer", "seed", "name", "ablation")
+SECTIONS = ("model", "data", "trainer", "seed", "name", "ablation", "launcher")
 EXAMPLES = """\
 examples:
   python cli.py fit --config experiments/ablation_pos.yaml        train every variant of a study, print its table
   python cli.py fit --config experiments/base/tnt_digits.yaml --model.backbone.dim=96 --trainer.max_epochs=5
+  python cli.py fit --config experiments/ablation_pos.yaml --launcher=Slurm --launcher.partition=gpu --launcher.gpus=1
   python cli.py plan --config experiments/ablation_hybrid.yaml    what a study would train
   python cli.py describe --config experiments/zoo/next_vit_s.yaml params, MACs, levels, one line for each block
   python cli.py blocks NTB                                        arguments, defaults and source of a class
@@ -67,9 +68,8 @@ def parser() -> Parser:
     fit = add("fit", "run", "train what the config describes: one run, or every cell of its ablation")
     fit.add_argument("--ckpt_path", metavar="FILE", help="go on from this checkpoint")
     fit.add_argument("--runs", default="runs", metavar="FOLDER", help="where run folders go (default: runs)")
-    fit.add_argument(
-        "--processes", type=int, default=0, metavar="N", help="cells of a study at a time (default: one for each core)"
-    )
+    fit.add_argument("--dry-run", action="store_true", help="check everything, print what would be started, and stop")
+    add_only(fit, "train only")
     for name, split in (("validate", "validation"), ("test", "test")):
         command = add(name, "run", f"measure a checkpoint on the {split} set")
         command.add_argument("--ckpt_path", metavar="FILE", help="the weights (default: last.ckpt of the run folder)")
@@ -78,8 +78,12 @@ def parser() -> Parser:
     predict.add_argument("--out", metavar="FILE", help="the CSV file (default: predictions.csv beside the checkpoint)")
     plan = add("plan", "study", "build every cell of a study and print what would be trained")
     plan.add_argument("--runs", default="runs", metavar="FOLDER", help="where run folders go (default: runs)")
+    plan.add_argument("--no-probe", action="store_true", help="do not time a few steps of each cell")
+    add_only(plan, "plan only")
     report = add("report", "study", "print and write the table of a study folder", config=False)
     report.add_argument("folder", help="folder of the study, for example runs/pos")
+    report.add_argument("--watch", action="store_true", help="print it again and again until all runs are over")
+    add_only(report, "print only")
     describe = add("describe", "show", "params, MACs, levels, and one line for each block of a net")
     describe.add_argument("--json", action="store_true", help="as JSON")
     blocks = add("blocks", "show", "the catalogue: every class that a config can name", config=False)
@@ -89,6 +93,16 @@ def parser() -> Parser:
     )
     blocks.add_argument("--json", action="store_true", help="as JSON")
     return main
+
+
+def add_only(command: Parser, what: str) -> None:
+    command.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="AXIS=VALUE,…",
+        help=f"{what} cells with these values of an axis of the study; may be given again for another axis",
+    )
 
 
 def split_overrides(rest: list[str], options: list[str]) -> dict[str, str]:
@@ -111,7 +125,7 @@ def split_overrides(rest: list[str], options: list[str]) -> dict[str, str]:
             raise ConfigError(f"no such option {name} ({hint})")
         if not equals:
             follower = next(words, None)
-            if follower is None:
+            if follower is None or follower.startswith("--"):
                 raise ConfigError(f"{name} needs a value: {name}=…")
             value = follower
         if path in found:
@@ -130,6 +144,7 @@ def quiet() -> None:
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*lr_scheduler.step.*before.*optimizer.step.*",
         ".*number of training batches.*smaller than the logging interval.*",
+        ".*Initializing zero-element tensors.*",
         ".*deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=text)

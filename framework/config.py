@@ -23,6 +23,12 @@ from framework.walk import ABSENT, Walk
 
 Settings = Mapping[str, Any]
 
+# The one in C where PyYAML has it: a study writes thousands of configs.
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+# What a document says of a study, and not of a run.
+NOT_BUILT = ("ablation", "launcher")
+
 
 @dataclass
 class Document:
@@ -36,6 +42,7 @@ class Document:
         name: of the run folder; the file's name by default.
         plugins: Python files (relative to the config file) or import paths, loaded before anything is looked up.
         ablation: the study that `fit` runs, in place of one run.
+        launcher: where the runs of the study run. No part of a run's own config, so that a study can be moved.
     """
 
     model: Any
@@ -45,6 +52,7 @@ class Document:
     name: str = ""
     plugins: list[str] = field(default_factory=list)
     ablation: Ablation | None = None
+    launcher: Any = None
 
 
 def document_hints() -> dict[str, tuple[Any, Any]]:
@@ -52,6 +60,7 @@ def document_hints() -> dict[str, tuple[Any, Any]]:
     from lightning.pytorch import Trainer
 
     import framework.optim  # noqa: F401 (registers optimizers and schedules)
+    from framework.ablation.launch import Launcher, Local
     from framework.data import Digits, ImageData
     from framework.tasks import Classification, Task
 
@@ -63,6 +72,7 @@ def document_hints() -> dict[str, tuple[Any, Any]]:
         "data": (ImageData, Digits),
         "trainer": (Arguments(Trainer), REQUIRED),
         "ablation": (Ablation, REQUIRED),
+        "launcher": (Launcher, Local),
     }
 
 
@@ -112,8 +122,10 @@ def _refuse_twice(node: yaml.Node | None, path: Path) -> None:
             _refuse_twice(value, path)
 
 
-def layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+def layers(path: Path, seen: set[Path], above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     """The layers of a file, what it extends first; each with its name.
+
+    What is in `seen` is not extended once more: two files with one base change it both. The files are added to it.
 
     Raises:
         ConfigError: a file cannot be read, or extends itself.
@@ -138,7 +150,9 @@ def layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str
         target = path.parent / base
         if not target.is_file():
             raise ConfigError(f"{path}: extends: no such file: {target}")
-        found += layers(target, (*above, path.resolve()))
+        if target.resolve() not in seen:
+            found += layers(target, seen, (*above, path.resolve()))
+    seen.add(path.resolve())
     return [*found, (str(path), loaded)]
 
 
@@ -196,8 +210,9 @@ def compose(
     """
     found: list[tuple[str, dict[str, Any]]] = []
     names = [Path(file) for file in files]
+    seen: set[Path] = set()
     for path in names:
-        found += layers(path)
+        found += layers(path, seen)
     asked = [*plugins, *(p for _, layer in found for p in layer.get("plugins") or [])]
     try:
         registry.load_entry_points()
@@ -254,9 +269,9 @@ def resolve(document: dict[str, Any]) -> dict[str, Any]:
     walk = Walk(partial=False)
     if "model" not in document:
         raise ConfigError("model: is missing, so there is no net; add it, or name one more --config that has it")
-    return {key: walk.inherit(hints[key][0], value, (key,)) for key, value in document.items() if key != "ablation"}
+    return {key: walk.inherit(hints[key][0], value, (key,)) for key, value in document.items() if key not in NOT_BUILT}
 
 
 def dump(document: Mapping[str, Any]) -> str:
     """A document as YAML; `load_yaml` reads it back as it was."""
-    return yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(dict(document), Dumper=DUMPER, sort_keys=False, allow_unicode=True, width=120)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict
@@ -73,7 +74,7 @@ class Workbench(LightningCLI):
         try:
             self.config = parser.parse_object(sections, defaults=False)
         except Exception as error:  # what the walk lets through, in jsonargparse's words
-            raise ConfigError(_one_line(str(error))) from error
+            raise ConfigError(_parser_error(str(error))) from error
 
     def _dump_config(self) -> None:
         """What checkpoints keep as hyper-parameters: the document, which is plain data already."""
@@ -108,6 +109,17 @@ class Workbench(LightningCLI):
 def _one_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines[:3])[:400]
+
+
+def _parser_error(text: str) -> str:
+    """The path and the innermost message of a parser's many lines; it names no keys of mappings in the path."""
+    keys = re.findall(r'Parser key "([^"]+)":', text)
+    inner = re.split(r'Parser key "[^"]+":', text)[-1]
+    inner = (inner.partition("Errors:")[2] or inner).partition("Given value")[0]
+    lines = [line.strip(" -") for line in inner.splitlines() if line.strip(" -")]
+    # The alternatives of a Union that were not meant only say what they expect.
+    said = next((line for line in reversed(lines) if not line.startswith("Expected a")), lines[0])
+    return f"{'.'.join(keys)}: {said.partition('. Got value')[0].rpartition('callable class: ')[2]}"
 
 
 def checked(make: Callable[[], Made], where: str) -> Made:

@@ -63,7 +63,8 @@ class AdamW(Optimizer):
 
     def build(self, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
         groups = parameter_groups(model, self.weight_decay)
-        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=fused or None)
+        betas = self.betas[0], self.betas[1]
+        return torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=fused or None)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from framework.ablation.state import read_study, write_text
 from framework.callbacks import Bar, Checkpoints, RandomState, Record, RunState
+from framework.checkpoints import WholeFiles
 from framework.config import compose, dump
 from framework.construct import Workbench, complete
 from framework.errors import ConfigError
@@ -134,10 +136,14 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
     if given.get("logger") in (None, True):
         arguments["logger"] = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
     trainer = bench.make_trainer(callbacks=callbacks, **arguments)
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeFiles()
     try:
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     except SystemExit:  # Lightning's way out of Ctrl-C
         raise KeyboardInterrupt from None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # else a process may abort on its way out
     return trainer
 
 

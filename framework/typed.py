@@ -59,34 +59,66 @@ def union(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
+def options(hint: Any) -> list[Any]:
+    """The alternatives of a hint but null."""
+    return [option for option in union(hint) if option is not type(None)] or [hint]
+
+
 def allows_none(hint: Any) -> bool:
     return hint is Any or type(None) in union(hint)
 
 
 @cache
 def arguments(cls: type, hidden: int = 0) -> Mapping[str, Argument]:
-    """What a config may set of `cls`: its constructor's arguments but the first `hidden`, or a dataclass's fields."""
-    try:
-        hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
-    except (NameError, TypeError, AttributeError):
-        hints = {}  # a class from outside whose annotations do not resolve: no types, but names
+    """What a config may set of `cls`: its constructor's arguments but the first `hidden`, or a dataclass's fields.
+
+    Where the constructor has `**kwargs`, those of the classes that it extends too, to which these usually go.
+    """
     fields = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
     found: dict[str, Argument] = {}
-    for name, parameter in list(inspect.signature(cls).parameters.items())[hidden:]:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+    for init in _constructors(cls):
+        hints = _hints(init)
+        for name, parameter in list(inspect.signature(init).parameters.items())[1 + hidden :]:
+            if parameter.kind in VARIABLE or name in found:
+                continue
+            default, field = parameter.default, fields.get(name)
+            if field is not None and field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            inherits = field.metadata.get("inherits", "") if field else ""
+            found[name] = Argument(hints.get(name, Any), default, inherits)
+    return found
+
+
+def _hints(init: Callable[..., None]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(init)
+    except (NameError, TypeError, AttributeError):
+        return {}  # a class from outside whose annotations do not resolve: no types, but names
+
+
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _constructors(cls: type) -> list[Callable[..., None]]:
+    """The constructor of a class, and those of the classes above as far as `**kwargs` reach."""
+    found = []
+    for base in cls.__mro__:
+        init = vars(base).get("__init__")
+        if init is None:
             continue
-        default = parameter.default
-        field = fields.get(name)
-        if field is not None and field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        inherits = field.metadata.get("inherits", "") if field else ""
-        found[name] = Argument(hints.get(name, Any), default, inherits)
+        kinds = [p.kind for p in inspect.signature(init).parameters.values()][1:]
+        if kinds and all(kind in VARIABLE for kind in kinds):
+            continue  # object's, or one that only hands on
+        found.append(init)
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
     return found
 
 
 def takes_any(cls: type) -> bool:
-    """Whether the constructor has `**kwargs`."""
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
+    """Whether the constructor has `**kwargs`, which may also go elsewhere (DDPStrategy's do)."""
+    own = _constructors(cls)[:1]
+    return any(p.kind is p.VAR_KEYWORD for init in own for p in inspect.signature(init).parameters.values())
 
 
 def default_class(default: Any) -> type | None:
@@ -98,18 +130,16 @@ def default_class(default: Any) -> type | None:
 
 def misfit(cls: type, slot: Slot) -> str:
     """Why `cls` cannot be called as the factory of `slot`; empty where it can."""
-    parameters = list(inspect.signature(cls).parameters.values())
-    try:
-        hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
-    except (NameError, TypeError, AttributeError):
-        hints = {}
+    init = next(iter(_constructors(cls)), None)
+    parameters = list(inspect.signature(init).parameters.values())[1:] if init else []
+    hints = _hints(init) if init else {}
     by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
     for i, given in enumerate(slot.given):
         want = given.__name__ if isinstance(given, type) else str(given)
         if i >= len(parameters) or parameters[i].kind in by_name:
             return f"its constructor must take {want} as argument {i + 1}"
         hint = hints.get(parameters[i].name, given)
-        if isinstance(given, type) and isinstance(hint, type) and hint is not given:
+        if isinstance(given, type) and isinstance(hint, type) and hint not in (given, Any):
             return f"its argument {i + 1}, {parameters[i].name}, must be {want}, not {hint.__name__}"
     return ""
 

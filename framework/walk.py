@@ -59,10 +59,11 @@ class Walk:
             return self._slot(slot, base, layer, path, default, lazy)
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             return self._arguments(typed.arguments(hint), hint, base, layer, path)
-        options = [option for option in typed.union(hint) if option is not type(None)]
+        options = typed.options(hint)
         if len(options) > 1:
             return self._union(options, hint, base, layer, path, default)
-        hint = options[0]
+        if options[0] is not hint:
+            return self.merge(options[0], base, layer, path, default, lazy)
         origin, args = get_origin(hint), get_args(hint)
         if origin is dict or hint is dict:
             return self._mapping(args[1] if args else Any, base, layer, path, lazy)
@@ -231,6 +232,10 @@ class Walk:
         """
         if isinstance(hint, Arguments):
             return self._inherit_arguments(typed.arguments(hint.cls), value, path)
+        if value is None:
+            return None
+        if len(typed.options(hint)) == 1:
+            hint = typed.options(hint)[0]
         slot = typed.as_slot(hint)
         if slot is not None:
             if not isinstance(value, Mapping) or CLASS not in value:
@@ -240,8 +245,6 @@ class Walk:
             args = self._inherit_arguments(known, value.get(ARGS, {}), path)
             self._complete(known, cls, args, path)
             return {CLASS: value[CLASS], ARGS: args} if args else {CLASS: value[CLASS]}
-        if value is None:
-            return None
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             known = typed.arguments(hint)
             filled = dict(value)

@@ -14,19 +14,14 @@ from framework.config import compose, override
 
 REPO = Path(__file__).parent.parent
 EXPERIMENTS = REPO / "experiments"
+CONFIGS = REPO / "tests/configs"
 
 torch.set_num_threads(1)  # pytest-xdist runs one process for each core
 
 
 @pytest.fixture(scope="session")
 def _tiny() -> dict[str, Any]:
-    smaller = {
-        "model.backbone.dim": 16,
-        "model.backbone.pattern": "tnt*2",
-        "model.backbone.stem.word_dim": 4,
-        "trainer": {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1},
-    }
-    return compose([EXPERIMENTS / "base/tnt_digits.yaml"], smaller)
+    return compose([CONFIGS / "tnt.yaml"])
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ import yaml
 
 from framework.cli import main
 from framework.config import compose, dump
-from tests.conftest import EXPERIMENTS, REPO
+from tests.conftest import CONFIGS, EXPERIMENTS, REPO
 
-TNT, NEXT_VIT = EXPERIMENTS / "base/tnt_digits.yaml", EXPERIMENTS / "base/next_vit_digits.yaml"
-RESNET, POS = EXPERIMENTS / "zoo/timm_resnet50.yaml", EXPERIMENTS / "ablation_pos.yaml"
+TNT, NEXT_VIT, POS = CONFIGS / "tnt.yaml", CONFIGS / "pyramid.yaml", CONFIGS / "study.yaml"
+RESNET = EXPERIMENTS / "zoo/timm_resnet50.yaml"
 
 
 @dataclass
@@ -99,14 +99,15 @@ MISTAKES: dict[str, tuple[str, list[Any], list[str]]] = {
     "dropout rate": ("describe", [NEXT_VIT, "--model.head.drop=1.5"],
         ["model: ValueError: dropout", "heads.py, line "]),
     "drop path": ("describe", [NEXT_VIT, "--model.backbone.drop_path=1.5"], ["model.backbone.drop_path: got 1.5"]),
-    "missing file": ("describe", [TNT.with_name("tnt_digit.yaml")],
-        ["tnt_digit.yaml: no such file", "did you mean", "tnt_digits.yaml?"]),
+    "missing file": ("describe", [TNT.with_name("tnnt.yaml")],
+        ["tnnt.yaml: no such file", "did you mean", "tests/configs/tnt.yaml?"]),
     "folder": ("describe", [EXPERIMENTS], ["is a folder, not a file"]),
     "no config": ("describe", [], ["name a config, for example --config experiments/"]),
     "no model": ("describe", [EXPERIMENTS / "base/imagenet.yaml"], ["model: is missing"]),
     "unknown option": ("describe", [TNT, "--jsn"], ["--jsn", "did you mean --json?"]),
     "unknown word": ("describe", [TNT, "json"], ["unexpected 'json'"]),
     "option without value": ("describe", [TNT, "--model.backbone.dim"], ["--model.backbone.dim needs a value"]),
+    "option before another": ("describe", [TNT, "--name", "--seed=1"], ["--name needs a value: --name=…"]),
     "option twice": ("describe", [TNT, "--seed=1", "--seed", "2"], ["--seed is given twice"]),
     "unreadable value": ("describe", [TNT, "--model.backbone={a: 1"], ["--model.backbone: not readable as YAML"]),
     "unknown command": ("descrbe", [], ["'descrbe'", "did you mean 'describe'?", "allowed: blocks, describe, fit"]),
@@ -116,6 +117,13 @@ MISTAKES: dict[str, tuple[str, list[Any], list[str]]] = {
     "unknown data set name": ("describe", [RESNET, "--data.dataset=ImageNot"],
         ["data.dataset: ", "'ImageNot'", "did you mean 'ImageNet'?"]),
     "unknown data module": ("describe", [TNT, "--data=Digit"], ["data: unknown ImageData", "did you mean 'Digits'?"]),
+    "timm's arguments that are ours": ("describe", [RESNET, "--model.backbone.args={num_classes: 5}"],
+        ["model.backbone.args: num_classes is not set here"]),
+    "optimizer's value": ("fit", [TNT, "--model.optimizer.lr=-1", "--trainer.fast_dev_run=true"],
+        ["model.optimizer: Invalid learning rate: -1.0"]),
+    "name of many classes": (
+        "describe", [TNT, "--model.backbone.stem={class_path: FromModule, init_args: {module: Linear}}"],
+        ["model.backbone.stem.module: 'Linear' means several classes", "torch.nn.modules.linear.Linear", "…"]),
     "data argument": ("describe", [TNT, "--data.size=0"], ["data.size: got 0, must be at least 1"]),
     "missing plug-in": ("describe", [TNT, "--plugins", "nope.py"], ["plugins: no such file: nope.py"]),
     "unknown class": ("blocks", ["NTP"], ["no class 'NTP' (did you mean 'NTB'?)"]),
@@ -137,7 +145,7 @@ MISTAKES: dict[str, tuple[str, list[Any], list[str]]] = {
     "checkpoint of no kind": ("test", [TNT, "--ckpt_path", TNT], ["--ckpt_path: ", "is no checkpoint of this program"]),
     "going on from no checkpoint": ("fit", [TNT, "--ckpt_path", TNT], ["is no checkpoint of this program"]),
     "checkpoint of a study": ("fit", [POS, "--ckpt_path", TNT], ["--ckpt_path: a study goes on by itself"]),
-    "nothing to plan": ("plan", [TNT], ["tnt_digits.yaml: has no ablation section to plan"]),
+    "nothing to plan": ("plan", [TNT], ["tnt.yaml: has no ablation section to plan"]),
     "cell that cannot be built": (
         "plan", [POS, "--ablation.axes.word.bad={model.backbone.blocks.tnt.outer.mixer.heads: 7}"],
         ["cell none/bad: model.backbone.blocks.tnt.outer.mixer: ", "heads: 7"]),

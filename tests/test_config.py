@@ -20,10 +20,10 @@ from framework.construct import build_model, complete
 from framework.errors import ConfigError
 from framework.run import CONFIG, LAST, RESOLVED, train
 from framework.tasks import Classification
-from tests.conftest import EXPERIMENTS, REPO
+from tests.conftest import CONFIGS, EXPERIMENTS, REPO
 
 FILES = sorted(EXPERIMENTS.rglob("*.yaml"))
-TNT, NEXT_VIT = EXPERIMENTS / "base/tnt_digits.yaml", EXPERIMENTS / "base/next_vit_digits.yaml"
+TNT, NEXT_VIT = CONFIGS / "tnt.yaml", CONFIGS / "pyramid.yaml"
 
 Write = Callable[[str, str], Path]
 Tiny = Callable[..., dict[str, Any]]
@@ -76,11 +76,16 @@ def test_a_later_file_goes_over_an_earlier_one(write: Write) -> None:
     assert compose([one, two])["name"] == "two"
 
 
-def test_a_diamond_is_no_circle(write: Write) -> None:
-    write("root.yaml", "seed: 7")
-    write("left.yaml", "extends: root.yaml")
-    write("right.yaml", "extends: root.yaml")
-    assert compose([write("top.yaml", "extends: [left.yaml, right.yaml]")])["seed"] == 7
+def test_two_files_with_one_base_change_it_both(write: Write) -> None:
+    write("root.yaml", "{seed: 7, trainer: {max_epochs: 1, precision: 32}}")
+    left = write("left.yaml", "{extends: root.yaml, trainer: {max_epochs: 2}}")
+    right = write("right.yaml", "{extends: root.yaml, trainer: {precision: 64}}")
+    top = write("top.yaml", "extends: [left.yaml, right.yaml]")
+    for files in ([top], [left, right], [right, left]):
+        document = compose(files)
+        assert document["seed"] == 7
+        assert document["trainer"] == {"max_epochs": 2, "precision": 64}
+    assert compose([left, right, left.with_name("root.yaml")])["trainer"] == {"max_epochs": 1, "precision": 32}
 
 
 def test_a_circle_is_found(write: Write) -> None:
@@ -108,7 +113,7 @@ def test_a_circle_is_found(write: Write) -> None:
         ("trainer: {on: 1}", "x.yaml: trainer: the key True is no name (YAML reads on, off"),
         ("trainer: {null: 1}", "x.yaml: trainer: the key None is no name"),
         ("modle: {}", "x.yaml: modle: no such section (did you mean 'model'?"),
-        ("1: 2", "x.yaml: 1: no such section (allowed: ablation, data, extends, model"),
+        ("1: 2", "x.yaml: 1: no such section (allowed: ablation, data, extends, "),
         ("plugins: 3", "x.yaml: plugins: expected a list of files or import paths, got 3"),
         ("plugins: [1]", "x.yaml: plugins: expected a list of files or import paths, got [1]"),
         ("model: null", "x.yaml: model: null is not a value here; give a Task, or leave the key out"),
@@ -227,7 +232,7 @@ def test_null_takes_a_key_away() -> None:
     assert "dims" not in keys("model.backbone.stages.s2.dims", "model.backbone.stages.s2")
     assert "size" not in keys("data.size", "data.init_args")
     assert compose([NEXT_VIT], {"trainer": None})["trainer"] == {}
-    assert "ablation" not in compose([EXPERIMENTS / "ablation_pos.yaml"], {"ablation": None})
+    assert "ablation" not in compose([CONFIGS / "study.yaml"], {"ablation": None})
 
 
 @pytest.mark.parametrize(
@@ -549,6 +554,99 @@ def test_a_plug_in_file_goes_with_the_run_folder(
     found = subprocess.run(command, cwd="/", capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert found.returncode == 0, found.stderr
     assert "ByFile" in found.stdout
+
+
+MANY = """
+from enum import Enum
+from typing import Any, Literal
+
+from blocks.base import GateFactory, NormFactory, Site
+from blocks.gates import NoGate
+from blocks.nextvit import NCB
+from blocks.structure import Identity
+
+Speed = Enum("Speed", "FAST SLOW")
+
+
+class Choosy(Identity):
+    def __init__(
+        self, site: Site, speed: Speed = Speed.FAST, kind: Literal["a", 3] = "a", norm: NormFactory | None = None,
+        gate: GateFactory | None = NoGate, either: int | str = 1, anything: Any = None, untyped=3,
+    ) -> None:
+        super().__init__(site)
+        self.got = {"speed": speed.name, "kind": kind, "either": either, "anything": anything, "untyped": untyped}
+        self.norm, self.gate = norm and norm(8), gate and gate(8)
+
+
+class Wider(NCB):
+    def __init__(self, here: Site, own: int = 1, **kwargs) -> None:
+        super().__init__(here, **kwargs)
+        self.own = own
+
+
+class Lazy(Identity):
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+
+
+class NoSite(Identity):
+    def __init__(self, dim: int = 3) -> None:
+        pass
+
+
+class NoArguments(NCB):
+    def __init__(self) -> None:
+        pass
+"""
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    path = tmp_path_factory.mktemp("many") / "tessera_many.py"
+    path.write_text(MANY)
+    return [str(path)]
+
+
+def built(many: list[str], name: str, **args: Any) -> Any:
+    """The block `name` of the plug-in, made from a config."""
+    settings = {"model.backbone.blocks.ncb": {"class_path": name, "init_args": args}}
+    return build_model(compose([NEXT_VIT], settings, many)).backbone.stages["s1"].blocks[0]
+
+
+def test_arguments_of_many_types(many: list[str]) -> None:
+    given = {"speed": "SLOW", "kind": 3, "either": "x", "anything": {"a": [1, None]}, "untyped": "y"}
+    block = built(many, "Choosy", **given, norm={"class_path": "LayerNorm", "init_args": {"eps": 1e-3}}, gate=None)
+    assert block.got == given
+    assert (block.norm.eps, block.gate) == (1e-3, None)
+    assert type(built(many, "Choosy", norm="RMSNorm").norm).__name__ == "RMSNorm"
+
+
+def test_arguments_that_a_class_passes_on(many: list[str]) -> None:
+    block = built(many, "Wider", own=2, mlp_ratio=2.0, norm="LayerNorm", mixer_residual={"scale": 0.5})
+    assert (block.own, type(block.norm).__name__, block.mixer_residual.scale) == (2, "LayerNorm", 0.5)
+    assert type(built(many, "Lazy")).__name__ == "Lazy"
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "says"),
+    [
+        ("Choosy", {"speed": "NONE"}, "model.backbone.blocks.speed: Expected a member of <enum 'Speed'>: {FAST,SLOW}"),
+        ("Choosy", {"kind": "b"}, "model.backbone.blocks.ncb.kind: got 'b' (allowed: 3, a)"),
+        ("Choosy", {"norm": "GELU"}, "model.backbone.blocks.ncb.norm: unknown Norm 'GELU' (allowed: BatchNorm"),
+        ("Choosy", {"gate": {"ratio": 1}}, "model.backbone.blocks.ncb.gate.ratio: NoGate has no such argument"),
+        ("Choosy", {"either": 1.5}, "model.backbone.blocks.ncb.either: expected int | str, got 1.5"),
+        ("Wider", {"norm": "GELU"}, "model.backbone.blocks.ncb.norm: unknown Norm 'GELU'"),
+        ("Wider", {"wrong": 1}, "model.backbone.blocks: Option 'wrong' is not accepted"),
+        ("NoArguments", {}, "model.backbone.blocks.ncb: NoArguments does not fit here: its constructor must take"),
+        (
+            "NoSite",
+            {},
+            "model.backbone.blocks.ncb: NoSite does not fit here: its argument 1, dim, must be Site, not int",
+        ),
+    ],
+)
+def test_a_wrong_argument_of_a_class_from_outside(many: list[str], name: str, args: dict[str, Any], says: str) -> None:
+    assert refusal(lambda: built(many, name, **args)).startswith(says)
 
 
 def test_plug_ins_of_layers_and_options_add_up(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

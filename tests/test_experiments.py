@@ -18,7 +18,7 @@ FILES = sorted(EXPERIMENTS.rglob("*.yaml"))
 STUDIES = sorted(EXPERIMENTS.glob("ablation_*.yaml"))
 
 # Trainable parameters and 10⁹ MACs at 224 px of the authors' (or timm's) own nets. The counts in TNT's paper are
-# higher by its frozen sines and cosines, which the code registers as parameters.
+# higher by a frozen parameter that its code never uses.
 ZOO = {
     "deit_b": (86_567_656, 17.5638),
     "deit_b_distilled": (87_338_192, 17.6568),

@@ -102,7 +102,7 @@ def test_settings_are_applied_once_per_choice():
 
     cells(document(seeds=[0, 1, 2, 3]), counted)
     words = ["ablation.axes.word.none", "ablation.axes.word.learned"]
-    assert calls == ["ablation.axes.sentence.learned", *words, *words]
+    assert calls == [*words, "ablation.axes.sentence.learned", *words]
 
 
 def test_names_that_are_no_file_names_are_made_so():
@@ -184,7 +184,7 @@ def test_a_writer_that_dies_leaves_the_old_text(tmp_path, monkeypatch):
     assert read_status(tmp_path).state == "finished"
 
 
-def prepared(root, **changes):
+def prepared(root, dump=dump, **changes):
     made = document(**changes)
     runs = cells(made, override)
     measures = {run.group: measure(run.document) for run in runs}
@@ -261,13 +261,13 @@ def misbehave(folder):
         os._exit(1)
 
 
-def run_local(root: Path, names: list[str], task: Callable, processes: int = 2) -> dict[str, Status]:
+def run_local(root: Path, names: list[str], task: Callable, processes: int = 2, retries: int = 0) -> dict[str, Status]:
     folders = [root / name for name in names]
     for folder in folders:
         folder.mkdir(exist_ok=True)
     calls = []
-    Local(processes).run(folders, task, lambda: calls.append(sum(read_status(folder).final for folder in folders)))
-    assert calls[-1] == len(folders)
+    Local(processes, retries).run(folders, task, lambda left: calls.append(len(left)))
+    assert calls[-1] == 0
     return {folder.name: read_status(folder) for folder in folders}
 
 
@@ -286,8 +286,8 @@ def test_what_dies_is_failed_with_its_reason(tmp_path):
     (tmp_path / "silent").mkdir()
     (tmp_path / "silent" / "log.txt").write_text("ValueError: of an earlier try\n")
     status = run_local(tmp_path, ["raises", "exits", "killed", "judges", "silent"], misbehave, processes=0)
-    assert {name: each.error for name, each in status.items()} == {
-        "raises": "exit code 1: ValueError: no such thing",
+    assert {name: each.error.partition(" (test_study.py")[0] for name, each in status.items()} == {
+        "raises": "ValueError: no such thing",
         "exits": "exit code 3: CUDA error: too hot",
         "killed": "killed by SIGKILL (out of memory?)",
         "judges": "its own reason",
@@ -300,13 +300,45 @@ def test_what_dies_is_failed_with_its_reason(tmp_path):
 def test_an_error_in_the_launcher_leaves_no_process(tmp_path):
     (tmp_path / "slow").mkdir()
 
-    def watch():
+    def watch(left):
         raise RuntimeError("the view is broken")
 
     with pytest.raises(RuntimeError, match="broken"):
         Local().run([tmp_path / "slow"], finish, watch)
     assert read_status(tmp_path / "slow").final
     assert local.multiprocessing.active_children() == []
+
+
+def works_at_last(folder):
+    with (folder / "tries").open("a") as tries:
+        tries.write("x")
+    if len((folder / "tries").read_text()) < 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_status(folder, Status("finished"))
+
+
+def test_a_failure_is_tried_again_up_to_the_limit(tmp_path):
+    status = run_local(tmp_path, ["run"], works_at_last, retries=1)["run"]
+    assert (status.state, status.error) == ("failed", "killed by SIGKILL (out of memory?)")
+    assert (tmp_path / "run" / "tries").read_text() == "xx"
+    assert run_local(tmp_path, ["run"], works_at_last, retries=1)["run"] == Status("finished")
+
+
+def see_device(folder):
+    time.sleep(0.3)
+    (folder / "device").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
+    write_status(folder, Status("finished"))
+
+
+@pytest.mark.parametrize(("processes", "at_a_time"), [(0, 3), (2, 2)])
+def test_each_run_has_one_of_the_devices(tmp_path, monkeypatch, processes, at_a_time):
+    monkeypatch.setattr(local, "devices", lambda: ["0", "2", "GPU-5"])
+    names = [f"run{i}" for i in range(5)]
+    assert f"{at_a_time} at a time" in Local(processes).plan([tmp_path / name for name in names])
+    run_local(tmp_path, names, see_device, processes=processes)
+    seen = [(tmp_path / name / "device").read_text() for name in names]
+    assert seen[:at_a_time] == ["0", "2", "GPU-5"][:at_a_time]
+    assert set(seen) == set(seen[:at_a_time])
 
 
 def test_the_number_of_processes_is_checked():
@@ -336,11 +368,11 @@ def test_a_second_run_does_what_is_left(tmp_path, capfd):
     out = capfd.readouterr().out
     assert "pos: 8 runs (4 cells × 2 seeds), 0 of them finished" in out
     assert "sentence=none,word=learned seed=0  val/acc1 0.5  3 s" in out
-    assert "sentence=learned,word=none seed=1  failed: exit code 1: ValueError: broken" in out
+    assert "sentence=learned,word=none seed=1  failed: ValueError: broken (test_study.py, line" in out
     assert "[1/8] " in out
     assert "[8/8] " in out
     assert str(folder / "table.md") in out
-    assert {path.name for path in folder.iterdir()} >= {"table.md", "table.csv", "table.tex", "figure.png"}
+    assert {path.name for path in folder.iterdir()} >= {"table.md", "table.csv", "table.tex", "table.html", "figure.png"}
 
     (folder / "broken").unlink()
     study(tmp_path, Local(2), train)
@@ -358,12 +390,72 @@ def test_a_second_run_does_what_is_left(tmp_path, capfd):
 
 
 def test_a_plan_makes_nothing(tmp_path, capsys):
-    plan(document(), tmp_path, override, measure, dump)
+    left = plan(document(), tmp_path, override, measure, dump)
+    assert len(left) == 8
+    assert left[1] == tmp_path / "pos/sentence=none,word=none/seed=1"
     out = capsys.readouterr().out
     assert "8 runs (4 cells × 2 seeds), 0 of them finished" in out
     assert "8.0K" in out
     assert "2.0M" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_counts_states_and_says_what_is_left_will_take(tmp_path, capsys):
+    folders = prepared(tmp_path / "pos")
+    write_status(folders[0], Status("finished"))
+    write_status(folders[3], Status("failed"))
+    asked = []
+
+    def expect(left):
+        asked.extend(run.folder for run in left)
+        return "expected: an hour"
+
+    left = plan(document(), tmp_path, override, measure, dump, expect=expect)
+    assert left == folders[1:]
+    assert asked == [str(folder.relative_to(tmp_path / "pos")) for folder in left]
+    out = capsys.readouterr().out
+    assert "1 waiting, 1 finished" in out
+    assert "1 waiting, 1 failed" in out
+    assert out.count("2 waiting") == 2
+    assert "expected: an hour" in out
+
+
+def test_only_some_cells_are_planned_and_run_but_all_are_kept(tmp_path, capfd):
+    built = []
+
+    def counted(document):
+        built.append(document["model"])
+        return measure(document)
+
+    assert len(plan(document(), tmp_path, override, counted, dump, only=["word=learned"])) == 4
+    assert len(built) == 2
+    assert "4 runs (2 cells × 2 seeds)" in capfd.readouterr().out
+    with pytest.raises(ConfigError, match="--only: there is no axis 'wrd'"):
+        plan(document(), tmp_path, override, counted, dump, only=["wrd=learned"])
+    gated = {"when": {"word": {"sentence": ["learned"]}}}
+    with pytest.raises(ConfigError, match="--only sentence=none --only word=none: the study has no such cell"):
+        plan(document(**gated), tmp_path, override, counted, dump, only=["sentence=none", "word=none"])
+
+    only = ["word=learned", "sentence=none"]
+    folder = run_study(document(), tmp_path, Local(2), train, override, measure, dump, only)
+    assert [path.parent.parent.name for path in folder.glob("*/*/trained")] == ["sentence=none,word=learned"] * 2
+    assert len(read_study(folder)["cells"]) == 4
+    assert len(list(folder.glob("*/*/config.yaml"))) == 8
+    out = capfd.readouterr().out
+    assert "2 runs (1 cells × 2 seeds)" in out
+    assert "[2/2] " in out
+    assert (folder / "table.md").read_text().count("\n| ") == 2 + 4  # all cells of the study
+
+
+def test_thousands_of_runs_are_prepared_in_seconds(tmp_path):
+    from framework.config import dump as whole
+
+    axes = {"dim": {str(i): {"model.dim": i} for i in range(400)}}
+    started = time.process_time()
+    folders = prepared(tmp_path, axes=axes, baseline={"dim": "0"}, seeds=list(range(5)), dump=whole)
+    assert len(folders) == 2000
+    assert prepared(tmp_path, axes=axes, baseline={"dim": "0"}, seeds=list(range(5)), dump=whole) == folders
+    assert time.process_time() - started < 10
 
 
 def test_a_net_that_cannot_be_built_names_its_cell(tmp_path, monkeypatch):

@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
-import numpy as np
-from scipy.special import stdtr, stdtrit
+if TYPE_CHECKING:
+    import numpy as np
 
 CONFIDENCE = 0.95
 ALPHA = 0.05
@@ -44,6 +45,8 @@ def sample(values: Sequence[float]) -> Sample:
     mean = statistics.fmean(values) if values else math.nan
     if len(values) < 2 or not math.isfinite(mean):
         return Sample(len(values), mean)
+    from scipy.special import stdtrit  # here and below: every run of a study imports this file, and computes nothing
+
     std = statistics.stdev(values)
     half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * std / math.sqrt(len(values))
     return Sample(len(values), mean, std, mean - half, mean + half)
@@ -68,6 +71,8 @@ class Comparison:
 
 def compare(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Comparison:
     """Compares values by seed."""
+    from scipy.special import stdtr
+
     pairs = [(value, theirs[seed]) for seed, value in ours.items() if seed in theirs]
     differences = [value - other for value, other in pairs]
     difference = sample(differences)
@@ -78,13 +83,13 @@ def compare(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Compariso
     if max(differences) - min(differences) > rounding:
         t = difference.mean / (difference.std / math.sqrt(difference.n))
         t_test = float(2 * stdtr(difference.n - 1, -abs(t)))
-    return Comparison(difference, _sign_flip(np.array(differences), rounding), t_test)
+    return Comparison(difference, _sign_flip(differences, rounding), t_test)
 
 
-def _sign_flip(differences: np.ndarray, rounding: float) -> float:
+def _sign_flip(differences: Sequence[float], rounding: float) -> float:
     """The share of sign patterns whose mean is as far from 0 as the one seen."""
     n = len(differences)
-    extreme = np.abs(_signs(n) @ differences) / n >= abs(differences.mean()) - rounding
+    extreme = abs(_signs(n) @ differences) / n >= abs(statistics.fmean(differences)) - rounding
     # A random choice of patterns may miss the one seen, and a p of 0 would claim too much.
     return float(extreme.mean()) if n <= EXACT else float((extreme.sum() + 1) / (len(extreme) + 1))
 
@@ -92,6 +97,8 @@ def _sign_flip(differences: np.ndarray, rounding: float) -> float:
 @cache
 def _signs(n: int) -> np.ndarray:
     """Patterns of n signs. Of all 2^n the half whose last one is +: the others are their negatives."""
+    import numpy as np
+
     if n > EXACT:
         return np.random.default_rng(0).choice([-1.0, 1.0], (RANDOM, n))
     return 1.0 - 2.0 * (np.arange(2 ** (n - 1))[:, None] >> np.arange(n) & 1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from framework.ablation import stats
 from framework.ablation.grid import Choices, Published, When, applying
-from framework.ablation.state import cut, read_status, read_study
+from framework.ablation.state import read_status, read_study
 from framework.ablation.stats import Comparison, Sample
 from framework.errors import suggest
 
@@ -74,9 +74,9 @@ class Metric:
         """What a value is multiplied with before it is shown."""
         return 100 if self.percent else 1
 
-    def show(self, value: float, sign: str = "") -> str:
-        """A value without its unit; `sign="+"` for a difference."""
-        return format(self.scale * value, f"{sign}.1f" if self.percent else f"{sign}.4g")
+    def show(self, value: float, sign: str = "", digits: int = 4) -> str:
+        """A value without its unit; `sign="+"` for a difference. `digits` count only where it is no fraction."""
+        return format(self.scale * value, f"{sign}.1f" if self.percent else f"{sign}.{digits}g")
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,12 @@ class Table:
     @property
     def title(self) -> str:
         metrics = ", ".join(metric.name for metric in self.metrics)
-        many = "seeds" if len(self.seeds) > 1 else "seed"
-        return f"{self.name}: {metrics}, mean ± std, {many} {', '.join(str(seed) for seed in self.seeds)}"
+        return f"{self.name}: {metrics}, mean ± std, {self.which}"
+
+    @property
+    def which(self) -> str:
+        """`seeds 0, 1, 2`."""
+        return f"{'seeds' if len(self.seeds) > 1 else 'seed'} {', '.join(str(seed) for seed in self.seeds)}"
 
     @property
     def paper(self) -> str:
@@ -189,12 +193,12 @@ class Table:
     def best(self, metric: Metric) -> float:
         """The best mean; nan where there is none."""
         means = [result.sample.mean for result in self.results[metric.name]]
-        return (min if metric.lower else max)((mean for mean in means if not math.isnan(mean)), default=math.nan)
+        return (min if metric.lower else max)((mean for mean in means if math.isfinite(mean)), default=math.nan)
 
     @property
     def notes(self) -> list[str]:
         """How the table is to be read, and what it cannot show; a sentence or two each."""
-        compared = [result for result in self.results[self.metric.name] if result.comparison.difference.n]
+        compared = [result for result in self.results[self.metric.name] if not math.isnan(result.sign_flip)]
         if not compared:
             return [self.source] if self.source else []
         many = f"over {len(compared)} comparisons" if len(compared) > 1 else "over 1 comparison"
@@ -274,11 +278,12 @@ def columns(table: Table) -> list[Column]:
         made.append(Column("95 % interval", intervals, rank=6))
     if table.baseline:
         made.append(Column("Δ [95 % interval]", [_difference(table, place) for place in range(len(rows))], rank=1))
-        made.append(Column("p flip", [_p(result.sign_flip) for result in results], rank=2))
-        made.append(Column("p t", [_p(result.t_test) for result in results], rank=6))
-    made += [replace(_means(table, metric), rank=4) for metric in table.metrics[1:]]
-    made.append(Column("params", [short(row.params) for row in rows], rank=3))
-    made.append(Column("MACs", [short(row.macs) for row in rows], rank=3))
+        if len(table.seeds) > 1:
+            made.append(Column("p flip", [_p(result.sign_flip) for result in results], rank=2))
+            made.append(Column("p t", [_p(result.t_test) for result in results], rank=6))
+    made += [replace(_means(table, metric), rank=3) for metric in table.metrics[1:]]
+    made.append(Column("params", [short(row.params) for row in rows], rank=4))
+    made.append(Column("MACs", [short(row.macs) for row in rows], rank=4))
     for name, measure in MEASURES.items():
         if any(name in row.measures for row in rows):
             made.append(Column(measure.head, [_measured(row.measures.get(name)) for row in rows], rank=5))
@@ -319,13 +324,15 @@ def _mean(metric: Metric, row: Row, sample: Sample) -> str:
     if diverged := [str(seed) for seed, value in row.values.get(metric.name, {}).items() if not math.isfinite(value)]:
         return f"diverged: seed {', '.join(diverged)}"
     if sample.n:
-        return f"{metric.show(sample.mean)} ± {NOTHING if sample.n == 1 else metric.show(sample.std)}"
-    return f"failed: {cut(row.failures[0].reason, 40)}" if row.failures else NOTHING
+        return f"{metric.show(sample.mean)} ± {NOTHING if sample.n == 1 else metric.show(sample.std, digits=2)}"
+    return "failed" if row.failures else NOTHING
 
 
 def _interval(metric: Metric, sample: Sample, sign: str = "") -> str:
     """Empty where there is none."""
-    return "" if math.isnan(sample.low) else f"[{metric.show(sample.low, sign)}, {metric.show(sample.high, sign)}]"
+    return (
+        "" if math.isnan(sample.low) else f"[{metric.show(sample.low, sign, 3)}, {metric.show(sample.high, sign, 3)}]"
+    )
 
 
 def _difference(table: Table, place: int) -> str:
@@ -334,7 +341,7 @@ def _difference(table: Table, place: int) -> str:
     difference = table.results[table.metric.name][place].comparison.difference
     if not math.isfinite(difference.mean):
         return NOTHING
-    return f"{table.metric.show(difference.mean, '+')} {_interval(table.metric, difference, '+')}".strip()
+    return f"{table.metric.show(difference.mean, '+', 3)} {_interval(table.metric, difference, '+')}".strip()
 
 
 def _p(value: float) -> str:

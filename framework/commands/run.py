@@ -14,9 +14,14 @@ from framework.errors import ConfigError
 
 def run(args: Namespace) -> int | None:
     document = composed(args)
+    launcher = document.pop("launcher", None)
     if args.command == "fit":
         if "ablation" in document:
-            return fit_study(args, document)
+            return fit_study(args, document, launcher or {"class_path": "Local"})
+        if launcher is not None:
+            raise ConfigError("launcher: starts the runs of a study; this config has no ablation, and runs right here")
+        if args.only:
+            raise ConfigError("--only: chooses cells of a study; this config has no ablation")
         return fit(args, document)
     document.pop("ablation", None)
     if args.command == "predict":
@@ -27,7 +32,7 @@ def run(args: Namespace) -> int | None:
 def console() -> Any:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, markup=False)  # a folder may be called [x]
 
 
 def fit(args: Namespace, document: dict[str, Any]) -> int:
@@ -36,6 +41,9 @@ def fit(args: Namespace, document: dict[str, Any]) -> int:
 
     checkpoint = existing(args.ckpt_path) if args.ckpt_path else None
     check(document, checkpoint)
+    if args.dry_run:
+        console().print(f"1 run in this process, in {checkpoint or Path(args.runs, document['name'], '<n>')}")
+        return 0
     folder = run_folder_of(checkpoint) if checkpoint else None
     made = folder is None
     if folder is None:
@@ -62,9 +70,10 @@ def fit(args: Namespace, document: dict[str, Any]) -> int:
     return 0
 
 
-def fit_study(args: Namespace, document: dict[str, Any]) -> int:
-    from framework.ablation.launch.local import Local
-    from framework.ablation.study import run_study
+def fit_study(args: Namespace, document: dict[str, Any], slot: dict[str, Any]) -> int:
+    from blocks import registry
+    from framework.ablation.launch import Launcher
+    from framework.ablation.study import plan, run_study
     from framework.ablation.tables import collect
     from framework.config import dump, override
     from framework.measure import measure
@@ -72,9 +81,13 @@ def fit_study(args: Namespace, document: dict[str, Any]) -> int:
 
     if args.ckpt_path:
         raise ConfigError("--ckpt_path: a study goes on by itself; give its config alone, and finished runs are kept")
-    if args.processes < 0:
-        raise ConfigError(f"--processes: got {args.processes}; give at least 1, or 0 for one on each core")
-    study = run_study(document, Path(args.runs), Local(args.processes), fit_folder, override, measure, dump)
+    launcher: Launcher = registry.find(Launcher, slot["class_path"])(**slot.get("init_args", {}))
+    root = Path(args.runs)
+    if args.dry_run:
+        folders = plan(document, root, override, measure, dump, args.only)
+        print(launcher.plan(folders) if folders else "nothing is left to run")
+        return 0
+    study = run_study(document, root, launcher, fit_folder, override, measure, dump, args.only)
     return 1 if collect(study).failures else 0
 
 

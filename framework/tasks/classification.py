@@ -116,7 +116,10 @@ class Classification(Task):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         # Lightning does not clip gradients that a fused optimizer unscales by itself.
         fused = not (self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision))
-        optimizer = self.optimizer.build(self, fused)
+        try:
+            optimizer = self.optimizer.build(self, fused)
+        except ValueError as error:  # torch checks the values here
+            raise ConfigError(f"model.optimizer: {error}") from error
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ConfigError("trainer.max_epochs: the schedule needs an end; give max_epochs or max_steps")

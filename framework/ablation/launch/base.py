@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
-from contextlib import contextmanager
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +44,7 @@ class Launcher(ABC):
         """
 
     @abstractmethod
-    def session(self, folders: list[Path], task: Task) -> Iterator[None]:
+    def session(self, folders: list[Path], task: Task) -> AbstractContextManager[None]:
         """A context manager around all that follows."""
 
     @abstractmethod
@@ -93,54 +92,56 @@ class Launcher(ABC):
                             del left[folder]
                     watch(left)
             except BaseException:
-                for folder, how in self.stop():
-                    if how is not None:
+                for folder, how in [*ended.items(), *self.stop()]:
+                    if how is not None and read_status(folder).state == "running":
                         self._settle(folder, how, "interrupted", {})
                 raise
 
     def _start(self, queue: list[Path], left: dict[Path, int]) -> None:
         """Starts what there is room for of the queue and is not another's; takes it, and what is finished, off it."""
-        room, chosen = self.room(), []
+        room = self.room()
+        chosen: list[Path] = []
         for folder in list(queue) if room else []:
             if len(chosen) == room:
                 break
             if held(folder):
                 continue
             queue.remove(folder)
-            if read_status(folder).state == "finished":
+            status = read_status(folder)
+            if status.state == "finished":
                 del left[folder]
                 continue
-            # What an earlier launcher left: a failure that is tried again, a "running" of a killed process.
-            with _write(folder) as status:
-                status.state = "waiting"
+            if status.state != "waiting":
+                # What an earlier launcher left: a failure that is tried again, a "running" of a killed process.
+                _write(folder, replace(status, state="waiting", error=""))
             chosen.append(folder)
         if chosen:
             self.start(chosen)
 
-    def _settle(self, folder: Path, how: str, state: State, tries: dict[Path, int]) -> bool:
+    def _settle(self, folder: Path, how: str, state: State, left: dict[Path, int]) -> bool:
         """Gives a run, whose process has ended, a final status if it has none; gives whether it is tried again."""
-        again = False
-        with _write(folder) as status:
-            if not status.final:
-                status.state, status.error = state, how
-            again = status.state == "failed" and tries.get(folder, 0) > 0
-            if again:
-                tries[folder] -= 1
-                status.state = "waiting"
+        status = read_status(folder)
+        if not status.final:
+            status = replace(status, state=state, error=how)
+        again = status.state == "failed" and left.get(folder, 0) > 0
+        if again:
+            status = replace(status, state="waiting")  # with its error, so that one can see why
+        if not _write(folder, status):
+            return True
+        if again:
+            left[folder] -= 1
         return again
 
 
-@contextmanager
-def _write(folder: Path) -> Iterator[Status]:
-    """The status of a run, to change; it is written at the end, unless another process has taken the run."""
-    status = read_status(folder)
-    before = replace(status)
-    yield status
-    if status == before:
-        return
+def _write(folder: Path, status: Status) -> bool:
+    """Writes the status of a run that nobody works on; False if somebody does by now."""
     try:
+        if status == read_status(folder):
+            return True
         with hold(folder) as mine:
             if mine:
                 write_status(folder, status)
+            return mine
     except OSError as error:  # a full disk: the other runs go on
         print(f"{folder}: {status.state} {status.error} (not written: {error})", file=sys.stderr)
+        return True

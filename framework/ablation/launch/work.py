@@ -6,9 +6,10 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -90,12 +91,12 @@ def log_size(folder: Path) -> int:
     return 0
 
 
-def last_error(folder: Path, start: int) -> str:
-    """`: ` and the last line that names an error in a run's log, from `start` on; empty if there is none."""
+def last_error(log: Path, start: int = 0) -> str:
+    """`: ` and the last line of a log that names an error, from `start` on; empty if there is none."""
     try:
-        with (folder / LOG).open("rb") as log:
-            log.seek(start)
-            lines = log.read().decode(errors="replace").splitlines()
+        with log.open("rb") as file:
+            file.seek(start)
+            lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""
     errors = [line.strip() for line in lines if re.search(r"(error|exception)(:|$)", line, re.IGNORECASE)]
@@ -113,3 +114,16 @@ def interruptible() -> None:
     """SIGINT and SIGTERM interrupt this process."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, interrupt_once)
+
+
+@contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM (a cluster's time limit, `kill`) does what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
