@@ -2,10 +2,10 @@
 
     uv run python benchmarks/study_scale.py
 
-Prints a table and writes it as JSON under benchmarks/results. "Planned" is the whole of `plan --no-probe` from a composed
-document: every distinct net is built on the meta device. "Reported" is the whole of `report` on a study whose runs are
-all finished. A run that does nothing shows what a launcher adds to each; short trainings one at a time and n at a time,
-interleaved in one go, show what running side by side brings on this machine.
+Prints a table and writes it as JSON under benchmarks/results. "Planned" is the whole of `plan --no-probe` from a
+composed document: every distinct net is built on the meta device. "Reported" is the whole of `report` on a study
+whose runs are all finished. A run that does nothing shows what a launcher adds to each; short trainings one at a time
+and n at a time, interleaved in one go, show what running side by side brings on this machine.
 """
 
 from __future__ import annotations

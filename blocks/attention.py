@@ -5,14 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blocks.base import Grid, GateFactory, Mixer, Position, ScorePosition, Shape, Site, linear
+from blocks.base import GateFactory, Grid, Mixer, Position, ScorePosition, Shape, Site, linear
 from blocks.gates import NoGate
 from blocks.positions import NetPosition
 
 
-def score_position(
-    position: Position, site: Site, at: Shape, heads: int, head_dim: int, keys: Grid
-) -> ScorePosition:
+def score_position(position: Position, site: Site, at: Shape, heads: int, head_dim: int, keys: Grid) -> ScorePosition:
     """What `position`, or the net's own for `NetPosition`, does to the scores of a mixer at `at`."""
     return (site.position if isinstance(position, NetPosition) else position).scores(at, heads, head_dim, keys)
 
@@ -48,6 +46,8 @@ class Attention(Mixer):
     ) -> None:
         super().__init__()
         dim = site.inp.dim
+        if not 0 <= attn_drop < 1:
+            raise site.error(self, f"needs an attn_drop from 0 to below 1, got {attn_drop}")
         self.heads = heads
         self.head_dim = site.divides(self, dim, heads, "heads")
         self.qkv = linear(dim, 3 * dim, qkv_bias)

@@ -108,7 +108,7 @@ class ScorePosition(nn.Module):
         return None
 
 
-class Position(ABC):
+class Position(ABC):  # noqa: B024 (a base: no value by itself)
     """A position encoding: a frozen config object that makes its parts where a net wants them.
 
     A net-wide one travels in `Site`; an encoding works on tokens, on attention scores, or on both.

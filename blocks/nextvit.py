@@ -56,9 +56,7 @@ class MHCA(Mixer):
 
     source = SOURCE
 
-    def __init__(
-        self, site: Site, head_dim: int = 32, norm: NormFactory = BatchNorm, act: ActFactory = ReLU
-    ) -> None:
+    def __init__(self, site: Site, head_dim: int = 32, norm: NormFactory = BatchNorm, act: ActFactory = ReLU) -> None:
         super().__init__()
         site.no_prefix(self)
         dim = site.inp.dim
@@ -105,6 +103,8 @@ class EMHSA(Mixer):
         site.no_prefix(self)
         dim = site.inp.dim
         self.head_dim, self.heads = head_dim, site.divides(self, dim, head_dim, "head_dim")
+        if sr_ratio < 1:
+            raise site.error(self, f"needs an sr_ratio of at least 1, got {sr_ratio}")
         self.pool = sr_ratio**2
         if site.inp.positions < self.pool:
             raise site.error(
@@ -264,9 +264,10 @@ class NTB(Block):
     ) -> None:
         super().__init__()
         self.out = _reduced(site, self, site.dim)
+        site.divides(self, site.dim, head_dim, "head_dim")
         attn = round_width(int(site.dim * shrink), 32)
         conv = site.dim - attn
-        if conv < head_dim or conv % head_dim or attn % head_dim:
+        if not 0 < shrink < 1 or conv < head_dim or conv % head_dim or attn % head_dim:
             fits = [a / site.dim for a in range(32, site.dim, 32) if a % head_dim == 0 == (site.dim - a) % head_dim]
             raise BuildError(
                 f"{site.where}: NTB with shrink {shrink} splits width {site.dim} into {attn} + {conv}, and both need "

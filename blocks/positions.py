@@ -191,9 +191,7 @@ class RelativeBiasTable(ScorePosition):
         if self.prefix_table is not None:
             to, back, within = self.prefix_table.unbind(1)
             heads, n, p = table.shape[0], index.shape[0], self.prefix
-            top = torch.cat(
-                [within.view(-1, 1, 1).expand(heads, p, p), to.view(-1, 1, 1).expand(heads, p, n)], dim=2
-            )
+            top = torch.cat([within.view(-1, 1, 1).expand(heads, p, p), to.view(-1, 1, 1).expand(heads, p, n)], dim=2)
             bias = torch.cat([top, torch.cat([back.view(-1, 1, 1).expand(heads, n, p), bias], dim=2)], dim=1)
         return bias[None]
 

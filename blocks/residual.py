@@ -32,16 +32,12 @@ class Residual(nn.Module):
     The drop-path rate is the site's.
     """
 
-    def __init__(
-        self, site: Site, scale: float = 1.0, layer_scale: float = 0.0, gate: GateFactory = NoGate
-    ) -> None:
+    def __init__(self, site: Site, scale: float = 1.0, layer_scale: float = 0.0, gate: GateFactory = NoGate) -> None:
         super().__init__()
         self.gate = gate(site.inp.dim)
         self.scale = scale
         self.rate = site.drop_path
-        self.layer_scale = (
-            nn.Parameter(torch.full((site.inp.dim,), layer_scale)) if layer_scale else None
-        )
+        self.layer_scale = nn.Parameter(torch.full((site.inp.dim,), layer_scale)) if layer_scale else None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         y = self.gate(y)

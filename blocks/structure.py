@@ -155,7 +155,7 @@ class Merge(Block):
         site.no_prefix(self)
         s, (h, w) = site.stride, site.inp.grid
         if h % s or w % s:
-            raise site.error(self, f"cannot join {s}×{s} neighbours on a {show_grid((h, w))} map; change the image size")
+            raise site.error(self, f"cannot join {s}×{s} neighbours on a {show_grid((h, w))} map; change the image")
         self.stride = s
         self.norm = norm(s * s * site.inp.dim)
         self.proj = linear(s * s * site.inp.dim, site.dim, bias=False)
@@ -196,9 +196,7 @@ class ConvEmbed(Block):
             raise site.error(self, f"with kernel {k} skips pixels at stride {s}; use a kernel of at least {s}")
         pad = 0 if k == s else k // 2
         if k == s and (h % s or w % s):
-            raise site.error(
-                self, f"cannot cut a {show_grid((h, w))} map into patches of {s}; use kernel: {2 * s - 1} or another size"
-            )
+            raise site.error(self, f"cannot cut a {show_grid((h, w))} map into patches of {s}; use kernel: {2 * s - 1}")
         self.conv = nn.Conv2d(site.inp.dim, site.dim, k, stride=s, padding=pad)
         self.norm = norm(site.dim)
         grid = ((h + 2 * pad - k) // s + 1, (w + 2 * pad - k) // s + 1)
@@ -234,7 +232,8 @@ class FromModule(Block):
         site.keeps_width(self)
         for field in site_args.values():
             if field not in Site.__dataclass_fields__:
-                raise site.error(self, f"site_args: a site has no {field!r}; it has {', '.join(Site.__dataclass_fields__)}")
+                known = ", ".join(Site.__dataclass_fields__)
+                raise site.error(self, f"site_args: a site has no {field!r}; it has {known}")
         self.module = module(site.inp.dim, **{name: getattr(site, field) for name, field in site_args.items()})
         self.layout = layout
         self.out = site.inp

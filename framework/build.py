@@ -125,7 +125,7 @@ def _chain(
 ) -> Iterator[tuple[int, Block]]:
     features = meta_features(shape) if check else None
     for stage, section in enumerate(sections):
-        stride = section.stride
+        stride, entered = section.stride, shape.grid[0]
         for place, name in enumerate(section.names()):
             site = Site(
                 inp=shape,
@@ -148,6 +148,9 @@ def _chain(
             shape = block.out
             index += block.counts
             yield stage, block
+        took = round(entered / shape.grid[0])
+        if section.stride > 1 and stride == 1 and took != section.stride:
+            raise BuildError(f"{section.where}: its blocks shrink the map by {took}, not by stride {section.stride}")
         if stride > 1:
             raise BuildError(
                 f"{section.where}: no block of {section.pattern!r} takes stride {stride}; put one first that shrinks "

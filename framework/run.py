@@ -87,7 +87,7 @@ def hparams(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
         cells = read_study(folder.parent.parent)["cells"]
     except ConfigError:
         return flat({key: document[key] for key in ("model", "data", "seed")})
-    choices = next((cell["choices"] for cell in cells if cell["folder"] == folder.parent.name), {})
+    choices: dict[str, Any] = next((cell["choices"] for cell in cells if cell["folder"] == folder.parent.name), {})
     return {**choices, "seed": document["seed"]}
 
 
@@ -111,6 +111,8 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
     seed_everything(int(document.get("seed", 0)), workers=True, verbose=False)
     bench = Workbench(finished)
     data, model = bench.make_data(), bench.make_model()
+    for split in ("train", "val"):
+        data.split(split)  # what is missing or empty says so before the first step
     last = folder / LAST
     write_provenance(folder, int(document.get("seed", 0)))
     callbacks: list[Callback] = [

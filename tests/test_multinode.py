@@ -1,4 +1,4 @@
-"""One fit over two machines: network namespaces with a cable between them."""
+"""One fit over two machines (network namespaces with a cable between them)."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ LENGTHS = {"trainer__max_epochs": 10, "trainer__limit_train_batches": 5, "traine
         ({**LENGTHS, "trainer__max_steps": 20, "trainer__accumulate_grad_batches": 2}, 1 + 40 + 8 * 3),
         ({**LENGTHS, "trainer__limit_train_batches": 1, "trainer__limit_val_batches": 0}, 1 + 10),
         # 1,797 digits, 1,197 of them to train on, in 18 batches of 64 and a rest that is left out; 300 to validate on
-        ({"trainer": {"max_epochs": 10}, "data__batch_size": 64}, 1 + 10 * 18 + 10 * 5),
-        ({"trainer": {"max_epochs": 10, "limit_train_batches": 0.5}, "data__batch_size": 64}, 1 + 10 * 9 + 10 * 5),
+        ({"trainer__limit_train_batches": None, "trainer__limit_val_batches": None}, 1 + 18 + 5),
+        ({"trainer__limit_train_batches": 0.5, "trainer__limit_val_batches": 1.0}, 1 + 9 + 5),
     ],
 )
 def test_steps_are_extrapolated_to_the_whole_run(tiny, ticks, settings, seconds):
@@ -63,9 +63,7 @@ def cells(document, seeds=(0, 1, 2)):
 def test_what_is_expected_is_shared_by_the_runs_at_a_time(monkeypatch):
     probes = iter([Probe(3600, 2**30), Probe(7200, 2**30)])
     monkeypatch.setattr(Prober, "__call__", lambda self, document: next(probes))
-    monkeypatch.setattr(
-        Local, "plan", lambda self, folders: setattr(self, "count", 2) or setattr(self, "threads", 1) or ""
-    )
+    monkeypatch.setattr(probe, "_parallel", lambda launcher, left: (2, 1))
     assert Expectation(Local(2))(cells({})) == (
         "expected, an estimate from 3 steps of each cell on this machine: 4.5 h with 2 run(s) at a time "
         "(9.0 h of computing), 6.0 GiB of checkpoints"
@@ -75,7 +73,7 @@ def test_what_is_expected_is_shared_by_the_runs_at_a_time(monkeypatch):
 def test_what_cannot_be_probed_is_said_in_one_line(tiny, tmp_path):
     missing = tiny(data={"class_path": "Torchvision", "init_args": {"dataset": "MNIST", "root": str(tmp_path)}})
     text = Expectation(Local(1))(cells(missing))
-    assert text.startswith("expected time and disk: unknown, cell a: data: ")
+    assert text.startswith("expected time and disk: unknown, cell a: data.root: no MNIST under ")
     assert "\n" not in text
 
 

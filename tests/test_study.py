@@ -305,7 +305,7 @@ def test_an_error_in_the_launcher_leaves_no_process(tmp_path):
 
     with pytest.raises(RuntimeError, match="broken"):
         Local().run([tmp_path / "slow"], finish, watch)
-    assert read_status(tmp_path / "slow").final
+    assert read_status(tmp_path / "slow").state != "running"
     assert local.multiprocessing.active_children() == []
 
 
@@ -322,6 +322,22 @@ def test_a_failure_is_tried_again_up_to_the_limit(tmp_path):
     assert (status.state, status.error) == ("failed", "killed by SIGKILL (out of memory?)")
     assert (tmp_path / "run" / "tries").read_text() == "xx"
     assert run_local(tmp_path, ["run"], works_at_last, retries=1)["run"] == Status("finished")
+
+
+def begins_another_rank(folder):
+    """What Lightning does for a second device: the same command again, with a number."""
+    (folder / f"rank{os.environ.get('LOCAL_RANK', '0')}").write_text(str(folder))
+    if "LOCAL_RANK" not in os.environ:
+        subprocess.run([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": "1"}, check=True)
+        write_status(folder, Status("finished"))
+
+
+def test_a_run_on_two_devices_begins_no_second_study(tmp_path):
+    from tests import test_study  # by the name that another program can import
+
+    status = run_local(tmp_path, ["run"], test_study.begins_another_rank)["run"]
+    assert status == Status("finished"), (tmp_path / "run" / "log.txt").read_text()
+    assert (tmp_path / "run" / "rank1").read_text() == str(tmp_path / "run")
 
 
 def see_device(folder):
@@ -372,7 +388,8 @@ def test_a_second_run_does_what_is_left(tmp_path, capfd):
     assert "[1/8] " in out
     assert "[8/8] " in out
     assert str(folder / "table.md") in out
-    assert {path.name for path in folder.iterdir()} >= {"table.md", "table.csv", "table.tex", "table.html", "figure.png"}
+    written = {path.name for path in folder.iterdir()}
+    assert written >= {"table.md", "table.csv", "table.tex", "table.html", "figure.png"}
 
     (folder / "broken").unlink()
     study(tmp_path, Local(2), train)

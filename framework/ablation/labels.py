@@ -46,7 +46,7 @@ def write_names(figure: Figure, axes: Any, named: Iterable[Point], points: Itera
 
     Lines that lead to names cross neither names nor each other. A point round which there is no place gets no name.
     """
-    figure.canvas.draw()  # places everything, so that pixels are known
+    figure.draw_without_rendering()  # places everything, so that pixels are known
     figure.set_layout_engine("none")  # and stay so
     marks, bars, written = list[Box](), list[Box](), list[Box]()
     for point in points:

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from framework.ablation.lock import hold, turn
 from framework.ablation.state import read_status, write_status
+from framework.cli import quiet
 from framework.errors import reason
 
 Task = Callable[[Path], None]
@@ -40,6 +41,7 @@ def work(folder: Path, task: Task, job: str = "", rank: int = 0) -> bool:
     Returns:
         False if another process has the folder; nothing was done then.
     """
+    quiet()
     if rank:
         if mine := _wait_for_first(folder, job):
             task(folder)
@@ -51,6 +53,8 @@ def work(folder: Path, task: Task, job: str = "", rank: int = 0) -> bool:
         status = read_status(folder)
         if status.state == "finished":
             return True
+        # Lightning repeats this process's command for further devices. That of a study would start a second one.
+        sys.argv = [str(REPO / "framework/ablation/launch/rank.py"), str(folder), f"{task.__module__}:{task.__name__}"]
         try:
             write_status(folder, replace(status, state="running", error=""))
             task(folder)
