@@ -33,6 +33,17 @@ LENGTHS = {"trainer__max_epochs": 10, "trainer__limit_train_batches": 5, "traine
         ({**LENGTHS, "trainer__max_steps": 20, "trainer__accumulate_grad_batches": 2}, 1 + 40 + 8 * 3),
         ({**LENGTHS, "trainer__limit_train_batches": 1, "trainer__limit_val_batches": 0}, 1 + 10),
         # 1,797 digits, 1,197 of them to train on, in 18 batches of 64 and a rest that is left out; 300 to validate on
+        ({**LENGTHS, "trainer__max_epochs": -1, "trainer__max_steps": 20}, 1 + 20 + 4 * 3),
+        # eight devices: each has three of the 18 batches, and one to validate on
+        (
+            {
+                **LENGTHS,
+                "trainer__devices": [0, 1, 2, 3],
+                "trainer__num_nodes": 2,
+                "trainer__limit_train_batches": None,
+            },
+            1 + 10 * 3 + 10 * 1,
+        ),
         ({"trainer__limit_train_batches": None, "trainer__limit_val_batches": None}, 1 + 18 + 5),
         ({"trainer__limit_train_batches": 0.5, "trainer__limit_val_batches": 1.0}, 1 + 9 + 5),
     ],

@@ -24,6 +24,7 @@ from framework.ablation.launch import local
 from framework.ablation.launch.local import Local
 from framework.ablation.state import Status, prepare, read_status, read_study, write_status, write_text
 from framework.ablation.study import plan, run_study
+from framework.ablation.view import Progress, Run
 from framework.errors import ConfigError
 
 REPO = Path(__file__).parent.parent
@@ -404,6 +405,21 @@ def test_a_second_run_does_what_is_left(tmp_path, capfd):
             raise AssertionError("nothing is left to run")
 
     study(tmp_path, Never(), train)
+
+
+def test_a_failure_that_is_tried_again_is_not_counted_as_done(tmp_path):
+    runs = [Run("word=a", seed, tmp_path / str(seed)) for seed in (0, 1, 2)]
+    for run, state in zip(runs, ("finished", "failed", "failed"), strict=True):
+        run.folder.mkdir()
+        write_status(run.folder, Status(state, error="of an earlier launcher"))
+    left = [run.folder for run in runs[1:]]
+    progress = Progress(runs, "acc", left)
+    assert list(progress.refresh(left)) == []
+    write_status(runs[1].folder, Status("finished", metrics={"acc": 0.5}))
+    lines = [progress.line(run) for run in progress.refresh(left[1:])]
+    assert lines == ["[2/3] word=a seed=1  acc 0.5"]
+    lines = [progress.line(run) for run in progress.refresh()]
+    assert lines == [f"[3/3] word=a seed=2  failed: of an earlier launcher  {left[1]}/log.txt"]
 
 
 def test_a_plan_makes_nothing(tmp_path, capsys):

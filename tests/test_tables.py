@@ -140,7 +140,8 @@ def test_a_diverged_run_is_named_and_never_the_best(tmp_path):
     assert texts(table, "val/acc1 (%)") == ["50.0 ± 0.0", "diverged: seed 0", "diverged: seed 0"]
     assert columns(table)[2].bold == {0}
     assert texts(table, "Δ [95 % interval]") == ["baseline", "–", "–"]
-    assert "nan" not in markdown(table) + as_csv(table).partition("\n")[2].replace("nan", "", 1)
+    assert "nan" not in markdown(table) + latex(table) + html(table, [])
+    assert figure.draw(tmp_path, table) == [tmp_path / "figure.png"]
 
 
 def test_equal_values_leave_no_nan(tmp_path):

@@ -135,11 +135,7 @@ def against(
     axes = figure.add_subplot()
     for color, label, places in (
         (SEEDS, INTERVAL, [place for place in points if many and place not in front and place != baseline]),
-        (
-            OURS,
-            "best at their cost" if many else INTERVAL,
-            front if many else points.keys() - {baseline},
-        ),
+        (OURS, "best at their cost" if many else INTERVAL, front if many else points.keys() - {baseline}),
         (BASELINE, "baseline", points.keys() & {baseline}),
     ):
         some = [points[place] for place in places]

@@ -46,7 +46,7 @@ SHORT: dict[str, Any] = {
 }
 
 # Arguments of the Trainer that say more than how a step is taken.
-LEFT_OUT = ("callbacks", "logger", "profiler")
+LEFT_OUT = ("callbacks", "logger", "profiler", "fast_dev_run")
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,11 @@ class Prober:
         loaders: Any = (trainer.train_dataloader, trainer.val_dataloaders)
         steps, batches = (math.ceil(len(loader) / world) for loader in loaders)
         steps = _limited(steps, given.get("limit_train_batches"))
-        epochs = given.get("max_epochs") or math.inf
-        if (most := given.get("max_steps") or -1) > 0:
-            epochs = min(epochs, most * _count(given.get("accumulate_grad_batches")) / steps)
+        ends = (
+            given.get("max_epochs") or 0,
+            (given.get("max_steps") or 0) * _count(given.get("accumulate_grad_batches")) / steps,
+        )
+        epochs = min((end for end in ends if end > 0), default=1)
         validations = epochs / (given.get("check_val_every_n_epoch") or 1)
         batches = _limited(batches, given.get("limit_val_batches"))
         seconds = self.starts[key] + epochs * steps * clock.step + validations * batches * clock.validation
@@ -207,7 +209,9 @@ def _now() -> float:
 
 
 def _count(given: Any) -> int:
-    """A number of devices or steps that may be left to Lightning."""
+    """A number of devices or steps, which may be left to Lightning."""
+    if isinstance(given, list):
+        return len(given)
     return given if isinstance(given, int) and given > 0 else 1
 
 

@@ -94,7 +94,8 @@ def run_study(
     prepare(study, ablation, runs, measures, dump)
     left = [study / run.folder for run in _print_plan(ablation, chosen, measures, study)]
     if left:
-        progress = Progress([Run(run.group, run.seed, study / run.folder) for run in chosen], ablation.metrics[0])
+        every = [Run(run.group, run.seed, study / run.folder) for run in chosen]
+        progress = Progress(every, ablation.metrics[0], set(left))
         try:
             with following(progress) as watch:
                 launcher.run(left, task, watch)

@@ -38,11 +38,12 @@ class Progress:
     Args:
         runs: of the study, or some of them.
         metric: the one that is shown.
+        again: folders of those that are going to be run, whatever an earlier launcher has left there.
     """
 
-    def __init__(self, runs: Iterable[Run], metric: str) -> None:
+    def __init__(self, runs: Iterable[Run], metric: str, again: Collection[Path] = ()) -> None:
         self.metric = metric
-        self.statuses = {run: read_status(run.folder) for run in runs}
+        self.statuses = {run: Status() if run.folder in again else read_status(run.folder) for run in runs}
 
     def refresh(self, left: Collection[Path] = ()) -> Iterator[Run]:
         """Looks again, and gives each run whose state has changed; a failure of one that is left is none yet."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from framework.ablation.launch.base import Ended, Launcher
 from framework.ablation.launch.work import (
@@ -23,7 +23,6 @@ from framework.ablation.launch.work import (
     REPO,
     SKIPPED,
     Task,
-    interrupt_once,
     interruptible,
     last_error,
     log_size,
@@ -251,11 +250,10 @@ def _job(folder: Path, task: Task) -> None:
     job = f"{env['SLURM_JOB_ID']}.{env.get('SLURM_RESTART_COUNT', 0)}"
     again = False
 
-    def warn(number: int, frame: FrameType | None) -> NoReturn:
+    def warn(number: int, frame: FrameType | None) -> None:
         nonlocal again
         again = True
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        interrupt_once(number, frame)
+        signal.raise_signal(signal.SIGINT)  # as Ctrl-C, which the training may handle by itself
 
     log_to(folder)
     interruptible()
