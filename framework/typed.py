@@ -85,7 +85,9 @@ def arguments(cls: type, hidden: int = 0) -> Mapping[str, Argument]:
             if field is not None and field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
             inherits = field.metadata.get("inherits", "") if field else ""
-            found[name] = Argument(hints.get(name, Any), default, inherits)
+            # "key": how a config spells a field whose name would be a keyword of Python
+            key = field.metadata.get("key", name) if field else name
+            found[key] = Argument(hints.get(name, Any), default, inherits)
     return found
 
 

@@ -56,7 +56,7 @@ from tests.engines import steps
 from tests.test_study import document, dump, measure, override
 
 if __name__ == "__main__":
-    local.PRELOAD, slurm.ASK = [], 0.5
+    local.PRELOAD, slurm.ASK, slurm.LOOK = [], 0.5, 0.2
     run_study(document(seeds=eval(sys.argv[3])), Path(sys.argv[1]), eval(sys.argv[2]), steps, override, measure, dump)
 """
 

@@ -46,16 +46,16 @@ def test_one_at_a_time_begins_with_the_baseline_and_changes_one_axis():
 
 
 def test_zipped_axes_vary_together():
-    made = cells(document(zip=[["dim", "depth"]]), override)
+    made = cells(document(**{"with": [["dim", "depth"]]}), override)
     assert [cell.name for cell in made] == [f"{n}/{d}" for n in ("batch", "layer") for d in ("48/2", "96/4", "192/8")]
     assert (made[2].document["model"]["dim"], made[2].document["model"]["depth"]) == (192, 8)
     # the group varies where its first axis stands, whatever stands between
     axes = {name: AXES[name] for name in ("dim", "norm", "depth")}
-    assert names(axes=axes, zip=[["dim", "depth"]])[:3] == ["48/batch/2", "48/layer/2", "96/batch/4"]
+    assert names(axes=axes, **{"with": [["dim", "depth"]]})[:3] == ["48/batch/2", "48/layer/2", "96/batch/4"]
 
 
 def test_a_zipped_group_changes_as_one_axis_at_a_time():
-    found = names(mode="one_at_a_time", baseline=BASELINE, zip=[["dim", "depth"]])
+    found = names(mode="one_at_a_time", baseline=BASELINE, **{"with": [["dim", "depth"]]})
     assert found == ["batch/96/4", "layer/96/4", "batch/48/2", "batch/192/8"]
 
 
@@ -119,16 +119,16 @@ def test_numbers_and_several_metrics_are_taken():
             {"mode": "one_at_a_time", "baseline": {"norm": "batch"}},
             "ablation.baseline: mode one_at_a_time needs a value of every axis; add dim, depth",
         ),
-        ({"zip": [["dim", "deth"]]}, "ablation.zip: there is no axis 'deth'; did you mean 'depth'?"),
-        ({"zip": [["dim"]]}, "ablation.zip: got ['dim']; a group is two axes or more"),
-        ({"zip": [["dim", "norm"]]}, "ablation.zip: dim has 3 values and norm has 2; axes that vary together need"),
-        ({"zip": [["dim", "depth"], ["depth", "dim"]]}, "ablation.zip: dim is there twice"),
+        ({"with": [["dim", "deth"]]}, "ablation.with: there is no axis 'deth'; did you mean 'depth'?"),
+        ({"with": [["dim"]]}, "ablation.with: got ['dim']; a group is two axes or more"),
+        ({"with": [["dim", "norm"]]}, "ablation.with: dim has 3 values and norm has 2; axes that vary together need"),
+        ({"with": [["dim", "depth"], ["depth", "dim"]]}, "ablation.with: dim is there twice"),
         (
-            {"zip": [["dim", "depth"]], "baseline": {"dim": "96", "depth": "2"}},
+            {"with": [["dim", "depth"]], "baseline": {"dim": "96", "depth": "2"}},
             "ablation.baseline: dim and depth vary together; give dim: 96, depth: 4",
         ),
         (
-            {"zip": [["dim", "depth"]], "baseline": {"depth": "2"}},
+            {"with": [["dim", "depth"]], "baseline": {"depth": "2"}},
             "ablation.baseline: dim and depth vary together; give dim: 48, depth: 2",
         ),
         ({"when": {"dims": {"norm": ["batch"]}}}, "ablation.when: there is no axis 'dims'; did you mean 'dim'?"),
@@ -208,7 +208,7 @@ ablation:
   name: all
   mode: one_at_a_time
   metric: [val/acc1, val/loss]
-  zip: [[dim, words]]
+  with: [[dim, words]]
   when: {{heads: {{dim: [96]}}}}
   baseline: {{dim: 96, words: 24, heads: 4}}
   axes:

@@ -40,6 +40,7 @@ def run(folders: list[Path], task, watch=lambda left: None, **options) -> None:
     """Runs them in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slurm, "ASK", 1.0)
+        patch.setattr(slurm, "LOOK", 0.2)
         Slurm(**options).run(folders, task, watch)
 
 

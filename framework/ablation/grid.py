@@ -44,7 +44,8 @@ class Ablation:
             in per cent; of names like loss the lower is the better.
         baseline: axis → value that the others are compared with; an axis that is not named is compared like with like.
         mode: grid runs every combination; one_at_a_time the baseline, and what differs from it in one axis.
-        zip: groups of axes that vary together: the first value of one with the first of the others, and so on.
+        zip: spelt `with` in a config: groups of axes that vary together, the first value of one with the first of the
+            others, and so on.
         when: axis → other axis → its values beside which the first applies; elsewhere a cell has no value of it.
         published: the paper's own table.
     """
@@ -55,7 +56,7 @@ class Ablation:
     metric: str | list[str] = "val/acc1"
     baseline: dict[str, Any] = field(default_factory=dict)
     mode: Literal["grid", "one_at_a_time"] = "grid"
-    zip: list[list[str]] = field(default_factory=list)
+    zip: list[list[str]] = field(default_factory=list, metadata={"key": "with"})
     when: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     published: Published | None = None
 
@@ -82,6 +83,7 @@ class Ablation:
         if published := section.get("published"):
             rows = {_name(row, "published.rows"): value for row, value in published["rows"].items()}
             section["published"] = Published(**{**published, "rows": rows})
+        section["zip"] = section.pop("with", [])
         ablation = cls(**section)
         ablation._check()
         return ablation
@@ -156,18 +158,18 @@ class Ablation:
     def _check_zip(self) -> None:
         for group in self.zip:
             for axis in group:
-                self._known("zip", axis)
+                self._known("with", axis)
             if len(group) < 2:
-                raise ConfigError(f"ablation.zip: got {group}; a group is two axes or more, as [dim, depth]")
+                raise ConfigError(f"ablation.with: got {group}; a group is two axes or more, as [dim, depth]")
             first, *others = group
             for axis in others:
                 if len(self.axes[axis]) != len(self.axes[first]):
                     raise ConfigError(
-                        f"ablation.zip: {first} has {len(self.axes[first])} values and {axis} has "
+                        f"ablation.with: {first} has {len(self.axes[first])} values and {axis} has "
                         f"{len(self.axes[axis])}; axes that vary together need equally many"
                     )
         if twice := _twice(itertools.chain(*self.zip)):
-            raise ConfigError(f"ablation.zip: {twice[0]} is there twice")
+            raise ConfigError(f"ablation.with: {twice[0]} is there twice")
 
     def _check_when(self) -> None:
         for axis, beside in self.when.items():

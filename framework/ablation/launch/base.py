@@ -57,7 +57,7 @@ class Launcher(ABC):
 
     @abstractmethod
     def poll(self) -> Ended:
-        """The runs whose processes have ended since the last call; waits for the next, but not much over 0.5 s."""
+        """The runs whose processes have ended since the last call; waits for the next one, but not for long."""
 
     @abstractmethod
     def stop(self) -> Ended:
@@ -69,7 +69,7 @@ class Launcher(ABC):
         Args:
             folders: what to run, in this order.
             task: a function of a module, which can be sent to another process by its name.
-            watch: called about twice a second with the runs that have not ended.
+            watch: called again and again with the runs that have not ended.
 
         Raises:
             ConfigError: nothing can be started here.

@@ -122,7 +122,7 @@ def devices() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return [name for name in named.split(",") if name]
+        return [name for name in named.split(",") if name not in ("", "-1")]
     torch = sys.modules.get("torch")  # whoever has built the nets of a study has loaded it
     return [str(index) for index in range(torch.cuda.device_count())] if torch else []
 

@@ -30,7 +30,7 @@ from framework.errors import ConfigError, reason
 GRACE = 30.0
 
 # Ray reports its use over the network unless told otherwise.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class Ray(Launcher):
@@ -82,6 +82,8 @@ class Ray(Launcher):
         self.task = task
         self.tasks: dict[Any, _Task] = {}
         path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
+        # Else a run that asks for no GPU sees all of them.
+        env = {"PYTHONPATH": path, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
         # Its own Ray holds no objects and shows no pages.
         own = {} if self.address else {"include_dashboard": False, "object_store_memory": 100 * 2**20}
         try:
@@ -89,7 +91,7 @@ class Ray(Launcher):
                 self.address or "local",
                 log_to_driver=False,
                 logging_level="error",
-                runtime_env={"env_vars": {"PYTHONPATH": path}},
+                runtime_env={"env_vars": env},
                 **own,
             )
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,10 +32,13 @@ from framework.ablation.launch.work import (
 )
 from framework.ablation.lock import held
 from framework.ablation.state import read_status, write_text
-from framework.errors import ConfigError, reason
+from framework.errors import ConfigError
 
 # Seconds between two questions to the controller, which serves the whole cluster.
 ASK = 10.0
+
+# Seconds between two looks at the statuses, which lie on a shared disk.
+LOOK = 2.0
 
 # Seconds that a job has before its time limit to write its checkpoint and to be queued again.
 WARNING = 90
@@ -78,7 +82,7 @@ class Slurm(Launcher):
     ) -> None:
         super().__init__(retries)
         for name, value, least in (
-            ("time", time, 1),
+            ("time", time, 5),  # the warning comes up to 150 s before the limit
             ("gpus", gpus, 0),
             ("cpus", cpus, 1),
             ("nodes", nodes, 1),
@@ -87,6 +91,7 @@ class Slurm(Launcher):
         ):
             if value < least:
                 raise ConfigError(f"launcher.{name}: got {value}; give at least {least}")
+        path = shlex.quote(str(REPO)) + '"${PYTHONPATH:+:$PYTHONPATH}"'
         self.parameters: dict[str, Any] = {
             "time": time,
             "nodes": nodes,
@@ -96,7 +101,10 @@ class Slurm(Launcher):
             "stderr_to_stdout": True,
             # One rank that dies ends the others, which would wait for it.
             "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}"],
-            "setup": [*setup, f'export PYTHONPATH={REPO}"${{PYTHONPATH:+:$PYTHONPATH}}" OMP_NUM_THREADS={cpus}'],
+            "setup": [
+                *setup,
+                f"export PYTHONPATH={path} OMP_NUM_THREADS={cpus}",
+            ],
             "additional_parameters": {"requeue": True, **({"mem": memory} if memory else {}), **options},
         }
         if partition:
@@ -136,6 +144,7 @@ class Slurm(Launcher):
         self.most = int(found[1]) - 1 if found else 1000
         self.task = task
         self.jobs: dict[Path, _Job] = {}
+        self.refused: Ended = []
         self.next = 0.0
         yield
 
@@ -158,16 +167,21 @@ class Slurm(Launcher):
         try:
             made = self.executor.map_array(_job, paths, [self.task] * len(paths))
         except Exception as error:  # what sbatch says, in one of submitit's several classes
-            raise ConfigError(f"launcher Slurm: {reason(error)}") from error
+            said = f"sbatch refuses: {' '.join(str(error).split())[:300]}"
+            if not self.jobs:
+                raise ConfigError(f"launcher Slurm: {said}") from error
+            self.refused = [(folder, said) for folder in new]  # the other jobs go on
+            return
         for folder, job in zip(new, made, strict=True):
             self.jobs[folder] = _Job(job.job_id, log_size(folder))
             write_text(folder / JOB, job.job_id)
 
     def poll(self) -> Ended:
-        time.sleep(0.5)
+        time.sleep(LOOK)
         # The folder knows it first. What is interrupted may have been queued again.
         over = [f for f in self.jobs if read_status(f).state in ("finished", "failed") and not held(f)]
-        ended: Ended = [(folder, "") for folder in over]
+        ended = self.refused + [(folder, "") for folder in over]
+        self.refused = []
         for folder in over:
             del self.jobs[folder]
         if self.jobs and time.monotonic() >= self.next:
@@ -206,7 +220,8 @@ class Slurm(Launcher):
         if not own:
             return []
         print(f"cancelling {len(own)} job(s), those that run leave a checkpoint", file=sys.stderr)
-        _ask("scancel", *(job.number for job in own.values()))
+        if numbers := {job.number for job in own.values()} & set(_queued()):
+            _ask("scancel", *numbers)
         ended: Ended = []
         with suppress(KeyboardInterrupt):
             while self.jobs:
