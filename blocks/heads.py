@@ -16,13 +16,20 @@ class Head(nn.Module, ABC):
 
     Attributes:
         reads: which parts of the features it reads: the net may skip the work for the others.
+        classifiers: how many logits `each` gives.
     """
 
     reads: ClassVar[frozenset[str]]
+    classifiers: ClassVar[int] = 1
     source: ClassVar[str] = ""
 
     @abstractmethod
-    def forward(self, features: Features) -> Tensor: ...
+    def forward(self, features: Features) -> Tensor:
+        """The logits that are evaluated: the mean of `each`."""
+
+    def each(self, features: Features) -> tuple[Tensor, ...]:
+        """The logits of each classifier, which may learn from different terms: class token, distillation token."""
+        return (self(features),)
 
     def need_prefix(self, shape: Shape, count: int) -> None:
         """Raises BuildError where fewer than `count` prefix tokens come in."""
@@ -88,6 +95,7 @@ class DistilledHead(Head):
     """
 
     reads = frozenset({"prefix"})
+    classifiers = 2
     source = "DeiT, arXiv 2012.12877; facebookresearch/deit"
 
     def __init__(self, shape: Shape, num_classes: int) -> None:
@@ -97,8 +105,12 @@ class DistilledHead(Head):
         self.fc_dist = linear(shape.dim, num_classes)
 
     def forward(self, features: Features) -> Tensor:
+        by_class, by_distillation = self.each(features)
+        return (by_class + by_distillation) / 2
+
+    def each(self, features: Features) -> tuple[Tensor, ...]:
         assert features.prefix is not None
-        return (self.fc(features.prefix[:, 0]) + self.fc_dist(features.prefix[:, 1])) / 2
+        return self.fc(features.prefix[:, 0]), self.fc_dist(features.prefix[:, 1])
 
 
 HeadFactory = Callable[[Shape, int], Head]

@@ -79,6 +79,10 @@ class Backbone(nn.Module, ABC):
         """Its blocks in order: state-dict prefix, name in the pattern, block."""
         return iter(())
 
+    @abstractmethod
+    def layers(self) -> dict[str, int]:
+        """The layer of each parameter, for rates that decay with depth: 0 in the stem, most in the final norm."""
+
 
 class Composed(Backbone):
     """What the composed backbones share: a stem, a chain of blocks, and a final norm."""
@@ -99,6 +103,13 @@ class Composed(Backbone):
     def chain(self) -> list[Block]:
         """Stem and blocks in the order in which they run."""
         return [self.stem, *(block for _, _, block in self.steps())]
+
+    def layers(self) -> dict[str, int]:
+        found, layer = {f"stem.{name}": 0 for name, _ in self.stem.named_parameters()}, 0
+        for key, _, block in self.steps():
+            layer += block.counts  # a structural block goes with what is before it
+            found |= {f"{key}.{name}": layer for name, _ in block.named_parameters()}
+        return found | {f"norm.{name}": layer + 1 for name, _ in self.norm.named_parameters()}
 
     def keep(self, parts: frozenset[str]) -> None:
         self.kept = parts
@@ -301,9 +312,9 @@ class TimmBackbone(Backbone):
             near = nearest(name, timm.list_models())
             hint = f"did you mean {near!r}?" if near else "timm.list_models() gives their names"
             raise BuildError(f"{WHERE}.name: timm has no net {name!r} ({hint})")
-        self.net = _timm_net(timm.create_model, name, image, args)
+        self.net = timm_net(timm.create_model, name, image, args)
         with torch.random.fork_rng(devices=[]):
-            on_meta = _timm_net(timm.create_model, name, image, args, device="meta").eval().requires_grad_(False)
+            on_meta = timm_net(timm.create_model, name, image, args, device="meta").eval().requires_grad_(False)
         images = torch.empty(2, image.channels, image.size, image.size, device="meta")
         try:
             pooled = on_meta.forward_head(on_meta.forward_features(images), pre_logits=True)
@@ -322,8 +333,17 @@ class TimmBackbone(Backbone):
     def pyramid(self, images: Tensor) -> list[Tensor]:
         return cast(Any, self.net).forward_intermediates(images, intermediates_only=True)
 
+    def layers(self) -> dict[str, int]:
+        from timm.models import group_parameters
 
-def _timm_net(create: Callable[..., nn.Module], name: str, image: Image, args: dict[str, Any], device: str = "") -> Any:
+        net = cast(Any, self.net)
+        found = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
+        return {f"net.{name}": layer for name, layer in found.items()}
+
+
+def timm_net(
+    create: Callable[..., nn.Module], name: str, image: Image, args: dict[str, Any], where: str = WHERE, device: str = ""
+) -> Any:
     """timm's net for this image; the size is only named to nets whose constructor asks for it."""
     with torch.device(device) if device else torch.device(torch.get_default_device()):
         options = {"in_chans": image.channels, "num_classes": 0, **args}
@@ -333,7 +353,7 @@ def _timm_net(create: Callable[..., nn.Module], name: str, image: Image, args: d
             except TypeError:
                 return create(name, **options)
         except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-            raise BuildError(f"{WHERE}: timm cannot make {name}: {str(error).splitlines()[0]}") from error
+            raise BuildError(f"{where}: timm cannot make {name}: {str(error).splitlines()[0]}") from error
 
 
 BackboneFactory = Callable[[Image], Backbone]

@@ -19,7 +19,7 @@ from framework.config import document_hints
 from framework.data import ImageData
 from framework.errors import ConfigError
 from framework.mix import Mix
-from framework.objectives import Objective
+from framework.objectives import Objective, Teacher
 from framework.optim import Optimizer, Schedule
 from framework.tasks import Task
 
@@ -38,6 +38,7 @@ KINDS: dict[str, tuple[type, int]] = {
     "head": (heads.Head, 2),
     "mix": (Mix, 0),
     "objective": (Objective, 0),
+    "teacher": (Teacher, 0),
     "optimizer": (Optimizer, 0),
     "schedule": (Schedule, 0),
     "data": (ImageData, 0),

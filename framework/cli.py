@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from framework.errors import ConfigError, nearest, suggest
 
-SECTIONS = ("model", "data", "trainer", "seed", "name", "ablation", "launcher")
+SECTIONS = ("model", "data", "trainer", "seed", "name", "weights", "ablation", "launcher")
 EXAMPLES = """\
 examples:
   python cli.py fit --config experiments/ablation_pos.yaml        train every variant of a study, print its table
@@ -86,6 +86,12 @@ def parser() -> Parser:
     add_only(report, "print only")
     describe = add("describe", "show", "params, MACs, levels, and one line for each block of a net")
     describe.add_argument("--json", action="store_true", help="as JSON")
+    convert = add("convert", "weights", "translate a published checkpoint into a safetensors file with its model card")
+    convert.add_argument("checkpoint", metavar="FILE", help="the official or timm checkpoint of the config's net")
+    convert.add_argument("--out", required=True, metavar="FILE", help="the file to write, .safetensors")
+    convert.add_argument("--origin", default="", metavar="TEXT", help="for the card: where the checkpoint comes from")
+    convert.add_argument("--licence", default="", metavar="TEXT", help="for the card: under which licence")
+    convert.add_argument("--accuracy", default="", metavar="TEXT", help="for the card: as published")
     blocks = add("blocks", "show", "the catalogue: every class that a config can name", config=False)
     blocks.add_argument("name", nargs="?", help="one class: its arguments, defaults and source")
     blocks.add_argument(

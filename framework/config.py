@@ -40,6 +40,7 @@ class Document:
         trainer: arguments of Lightning's Trainer.
         seed: of weights, data order and augmentation.
         name: of the run folder; the file's name by default.
+        weights: file of weights to start from, ours or published (relative to the config file), or timm:NAME.
         plugins: Python files (relative to the config file) or import paths, loaded before anything is looked up.
         ablation: the study that `fit` runs, in place of one run.
         launcher: where the runs of the study run. No part of a run's own config, so that a study can be moved.
@@ -50,6 +51,7 @@ class Document:
     trainer: Any
     seed: int = 0
     name: str = ""
+    weights: str = ""
     plugins: list[str] = field(default_factory=list)
     ablation: Ablation | None = None
     launcher: Any = None
@@ -67,6 +69,7 @@ def document_hints() -> dict[str, tuple[Any, Any]]:
     return {
         "name": (str, ""),
         "seed": (int, 0),
+        "weights": (str, ""),
         "plugins": (list[str], REQUIRED),
         "model": (Task, Classification),
         "data": (ImageData, Digits),
@@ -145,6 +148,9 @@ def layers(path: Path, seen: set[Path], above: tuple[Path, ...] = ()) -> list[tu
             raise ConfigError(f"{path}: plugins: expected a list of files or import paths, got {plugins!r}")
         # Absolute, so that the run folder's config.yaml finds them too.
         loaded["plugins"] = [str((path.parent / p).resolve()) if p.endswith(".py") else p for p in plugins]
+    weights = loaded.get("weights")
+    if isinstance(weights, str) and weights and not weights.startswith("timm:"):
+        loaded["weights"] = str((path.parent / weights).resolve())
     found: list[tuple[str, dict[str, Any]]] = []
     for base in bases:
         target = path.parent / base

@@ -24,6 +24,7 @@ from framework.walk import ARGS, CLASS
 # Lightning 2.6 makes calls that jsonargparse 4.49 deprecates.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
@@ -153,8 +154,9 @@ def complete(document: Mapping[str, Any]) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _facts(section: str) -> tuple[Image, int]:
     """Image and number of classes of a data section; the cells of a study share theirs."""
-    data = Workbench({"data": json.loads(section)}).make_data()
-    return data.image, data.num_classes
+    with torch.device("cpu"):  # a set may be opened for them, also where a net is built on the meta device
+        data = Workbench({"data": json.loads(section)}).make_data()
+        return data.image, data.num_classes
 
 
 def build_model(document: Mapping[str, Any]) -> Task:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import cos, pi
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from framework.errors import ConfigError
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr: float = 0.0, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
     """Two groups: matrices and kernels with decay; norms, biases and what modules name in `no_decay` without.
 
     The rule of timm and of all the papers' codes here: whatever has one dimension or fewer is not decayed, nor are
     positions and tokens. Frozen parameters are in neither.
+
+    With `layer_decay`, two such groups for each layer of the model's `backbone`, the last ones first: layer l of L has
+    the rate `lr · layer_decay^(L − l)`. Layer L is the final norm with all that is not in the backbone.
     """
     spared: set[int] = set()
     for module in model.modules():
@@ -24,19 +31,39 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             parameter = getattr(module, name, None)
             if parameter is not None:
                 spared.add(id(parameter))
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    layers: dict[str, int] = {} if layer_decay == 1 else cast(Any, model).backbone.layers()
+    last = max(layers.values(), default=0)
+    found: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (plain if parameter.ndim <= 1 or id(parameter) in spared else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            plain = parameter.ndim <= 1 or id(parameter) in spared
+            layer = layers.get(name.removeprefix("backbone."), last)
+            found.setdefault((last - layer, plain), []).append(parameter)
+    groups = []
+    for (below, plain), parameters in sorted(found.items(), key=lambda item: item[0]):
+        group: dict[str, Any] = {"params": parameters, "weight_decay": 0.0 if plain else weight_decay}
+        groups.append({**group, "lr": lr * layer_decay**below} if layers else group)
+    return groups
 
 
 class Optimizer(ABC):
-    """Makes the optimizer of a run. Has `lr`, the peak learning rate."""
+    """Makes the optimizer of a run.
+
+    Attributes:
+        lr: the peak learning rate.
+        weight_decay: on matrices and kernels only.
+        layer_decay: factor of the learning rate from each layer to the one before it.
+    """
 
     lr: float
+    weight_decay: float
+    layer_decay: float
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The parameter groups of `model`. Raises ConfigError where `layer_decay` is out of range."""
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"model.optimizer.layer_decay: got {self.layer_decay}, must be more than 0, at most 1")
+        return parameter_groups(model, self.weight_decay, self.lr, self.layer_decay)
 
     @abstractmethod
     def build(self, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
@@ -52,6 +79,8 @@ class AdamW(Optimizer):
         weight_decay: on matrices and kernels only; never on norms, biases, positions and tokens.
         betas: decay of the two running means.
         eps: added to the root of the second.
+        layer_decay: factor of the learning rate from each layer to the one before it, from the head down; 1 for one
+            rate, 0.65 to 0.75 to fine-tune.
 
     Source: Loshchilov and Hutter 2017, arXiv 1711.05101.
     """
@@ -60,11 +89,11 @@ class AdamW(Optimizer):
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    layer_decay: float = 1.0
 
     def build(self, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
-        groups = parameter_groups(model, self.weight_decay)
         betas = self.betas[0], self.betas[1]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=fused or None)
+        return torch.optim.AdamW(self.groups(model), lr=self.lr, betas=betas, eps=self.eps, fused=fused or None)
 
 
 @dataclass(frozen=True)
@@ -76,20 +105,28 @@ class SGD(Optimizer):
         momentum: decay of the running mean of gradients.
         weight_decay: on matrices and kernels only; never on norms, biases, positions and tokens.
         nesterov: whether the gradient is taken ahead of the momentum step.
+        layer_decay: factor of the learning rate from each layer to the one before it, from the head down.
     """
 
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
     nesterov: bool = True
+    layer_decay: float = 1.0
 
     def build(self, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
-        groups = parameter_groups(model, self.weight_decay)
+        groups = self.groups(model)
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=fused or None)
 
 
 class Schedule(ABC):
-    """Makes the learning-rate schedule of a run; it is stepped with every optimizer step."""
+    """Makes the learning-rate schedule of a run: a factor of every group's own rate.
+
+    Attributes:
+        interval: what it is stepped with: every optimizer step or every epoch.
+    """
+
+    interval: ClassVar[Literal["step", "epoch"]] = "step"
 
     @abstractmethod
     def build(self, optimizer: torch.optim.Optimizer, steps: int, epochs: int) -> LRScheduler:
@@ -115,16 +152,62 @@ class Cosine(Schedule):
     def build(self, optimizer: torch.optim.Optimizer, steps: int, epochs: int) -> LRScheduler:
         warmup = min(round(self.warmup_epochs * steps / max(epochs, 1)), steps - 1)
 
-        def factor(peak: float) -> Callable[[int], float]:
-            def at(step: int) -> float:
-                if step < warmup:
-                    return (self.warmup_lr + (peak - self.warmup_lr) * step / warmup) / peak
-                part = min((step - warmup) / max(steps - warmup, 1), 1.0)
-                return (self.min_lr + (peak - self.min_lr) * 0.5 * (1 + cos(pi * part))) / peak
+        peak = optimizer.defaults["lr"]
 
-            return at
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (self.warmup_lr + (peak - self.warmup_lr) * step / warmup) / peak
+            part = min((step - warmup) / max(steps - warmup, 1), 1.0)
+            return (self.min_lr + (peak - self.min_lr) * 0.5 * (1 + cos(pi * part))) / peak
 
-        return LambdaLR(optimizer, [factor(group["lr"]) for group in optimizer.param_groups])
+        return LambdaLR(optimizer, factor)
+
+
+@dataclass(frozen=True)
+class DeiTCosine(Schedule):
+    """The schedule of DeiT's script, and of its many descendants: one rate for each epoch.
+
+    A linear warm-up, then the cosine of the whole run, whose clock has run since the first epoch: the warm-up hides
+    its start and does not move it.
+
+    Args:
+        warmup_epochs: epochs of the warm-up.
+        warmup_lr: learning rate of the first epoch.
+        min_lr: learning rate at the end of the cosine.
+        shifted: each epoch has the rate that was meant for the one before it, and the first two have that of the
+            first, as in the released scripts, which step with the number of the epoch that has just ended.
+        cooldown: last epochs at `min_lr`, among `trainer.max_epochs`; the cosine ends before them.
+
+    Raises:
+        ConfigError: the run has no more epochs than `cooldown`.
+
+    Source: facebookresearch/deit main.py and timm's CosineLRScheduler without `warmup_prefix`.
+    """
+
+    warmup_epochs: int = 5
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    shifted: bool = True
+    cooldown: int = 0
+
+    interval = "epoch"
+
+    def build(self, optimizer: torch.optim.Optimizer, steps: int, epochs: int) -> LRScheduler:
+        length, peak = epochs - self.cooldown, optimizer.defaults["lr"]
+        if length < 1:
+            raise ConfigError(
+                f"model.schedule: the cosine has {length} epochs: trainer.max_epochs is {epochs}, "
+                f"cooldown {self.cooldown}"
+            )
+
+        def factor(epoch: int) -> float:
+            at = max(epoch - self.shifted, 0)
+            if at < self.warmup_epochs:
+                return (self.warmup_lr + (peak - self.warmup_lr) * at / self.warmup_epochs) / peak
+            part = min(at / length, 1.0)
+            return (self.min_lr + (peak - self.min_lr) * 0.5 * (1 + cos(pi * part))) / peak
+
+        return LambdaLR(optimizer, factor)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from framework.construct import Workbench, complete
 from framework.errors import ConfigError
 from framework.measure import meta_model
 from framework.provenance import write_provenance
+from framework.weights.transfer import source, start_from
 
 CONFIG, RESOLVED, LAST, BEST = "config.yaml", "resolved.yaml", "checkpoints/last.ckpt", "checkpoints/best.ckpt"
 
@@ -78,6 +79,8 @@ def check(document: Mapping[str, Any], checkpoint: Path | None = None) -> None:
     model = meta_model(document)
     if checkpoint:
         check_weights(model, read_weights(checkpoint), checkpoint)
+    elif document.get("weights"):
+        start_from(model, source(document["weights"]))
     Workbench(complete(document)).make_trainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
 
 
@@ -111,6 +114,8 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
     seed_everything(int(document.get("seed", 0)), workers=True, verbose=False)
     bench = Workbench(finished)
     data, model = bench.make_data(), bench.make_model()
+    if document.get("weights") and not checkpoint:
+        print(f"{document['weights']}: {start_from(model, source(document['weights']))}")
     for split in ("train", "val"):
         data.split(split)  # what is missing or empty says so before the first step
     last = folder / LAST

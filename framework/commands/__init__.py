@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 
@@ -18,4 +19,7 @@ def document(args: Namespace) -> dict[str, Any]:
     if not args.config:
         raise ConfigError("name a config, for example --config experiments/base/tnt_digits.yaml")
     settings = {path: parse_value(text, f"--{path}") for path, text in args.settings.items()}
+    weights = settings.get("weights")
+    if isinstance(weights, str) and weights and not weights.startswith("timm:"):
+        settings["weights"] = str(Path(weights).resolve())
     return compose(args.config, settings, args.plugins)

@@ -2,5 +2,17 @@
 
 from framework.objectives.base import Objective, Step
 from framework.objectives.cross_entropy import CrossEntropy
+from framework.objectives.distillation import Distillation, HardDistillation, SoftDistillation
+from framework.objectives.teachers import CheckpointTeacher, Teacher, TimmTeacher
 
-__all__ = ["CrossEntropy", "Objective", "Step"]
+__all__ = [
+    "CheckpointTeacher",
+    "CrossEntropy",
+    "Distillation",
+    "HardDistillation",
+    "Objective",
+    "SoftDistillation",
+    "Step",
+    "Teacher",
+    "TimmTeacher",
+]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from blocks.base import Features
+
+if TYPE_CHECKING:
+    from framework.tasks.classification import Classification
+
+Token = Literal["class", "distillation"]
 
 
 @dataclass(frozen=True)
@@ -19,13 +24,18 @@ class Step:
         images: `(B, C, H, W)` as the net saw them.
         targets: `(B,)` class numbers, or `(B, num_classes)` probabilities.
         features: the net's final features.
-        logits: `(B, num_classes)`.
+        logits: `(B, num_classes)`, as evaluation has them.
+        class_logits: those that learn from the labels: the class token's where another term teaches the
+            distillation token, else `logits`.
+        distillation_logits: those of the distillation token, or None where the head has none.
     """
 
     images: Tensor
     targets: Tensor
     features: Features
     logits: Tensor
+    class_logits: Tensor
+    distillation_logits: Tensor | None = None
 
 
 class Objective(nn.Module, ABC):
@@ -34,10 +44,26 @@ class Objective(nn.Module, ABC):
     Attributes:
         reads: which parts of the final features it reads beside what the head reads.
         weight: its factor in the sum; what is logged under its name is the value without it.
+        token: whose classifier it teaches, where a head has two.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
     weight: float = 1.0
+    token: Token = "class"
+
+    def setup(self, task: Classification) -> None:
+        """Called once when the net is there: checks what it needs of it, and adds projections of its own.
+
+        Raises:
+            BuildError: the net has not what it needs.
+        """
+
+    def start(self, task: Classification) -> None:
+        """Called before training starts, and never for evaluation: loads what no checkpoint holds, as a teacher.
+
+        Raises:
+            ConfigError: it cannot be loaded.
+        """
 
     @abstractmethod
     def forward(self, step: Step) -> Tensor:

@@ -11,6 +11,9 @@ from framework.objectives.base import Objective, Step
 class CrossEntropy(Objective):
     """Cross-entropy between logits and targets.
 
+    Of a head with two classifiers it teaches what is evaluated, their mean; where another term teaches the
+    distillation token, it teaches the class token alone, as DeiT does.
+
     Args:
         label_smoothing: share of each target that is spread over all classes.
         weight: factor in the sum of all terms.
@@ -22,4 +25,4 @@ class CrossEntropy(Objective):
         self.weight = weight
 
     def forward(self, step: Step) -> Tensor:
-        return F.cross_entropy(step.logits, step.targets, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(step.class_logits, step.targets, label_smoothing=self.label_smoothing)

@@ -24,7 +24,7 @@ class Classification(Task):
     """One label for each image: a backbone, a head, and a sum of loss terms.
 
     Logs, each epoch: `train/loss` and each loss term, `val/loss`, `val/acc1`, `val/acc5` (fractions), the same for
-    test, and `lr`.
+    test, and `lr`. Of two terms or more, the values (`train/<name>`) and factors (`weight/<name>`).
 
     Args:
         backbone: the net.
@@ -32,7 +32,7 @@ class Classification(Task):
         num_classes: number of classes; from the data module where it is left out.
         head: final features to logits.
         mix: how training images are mixed with each other.
-        objectives: the loss terms by name; they are added up with their weights.
+        objectives: the loss terms by name, cross-entropy alone by default; they are added up with their weights.
         optimizer: how weights are updated.
         schedule: how the learning rate changes.
 
@@ -59,6 +59,8 @@ class Classification(Task):
         self.backbone = backbone(image)
         self.head = head(self.backbone.out, num_classes)
         self.objectives = nn.ModuleDict(objectives or {"cross_entropy": CrossEntropy()})
+        for term in self.terms.values():
+            term.setup(self)
         self.backbone.keep(self.read_parts())
         self.mix, self.optimizer, self.schedule = mix, optimizer, schedule
         top5 = min(5, num_classes)
@@ -70,8 +72,18 @@ class Classification(Task):
             }
         )
 
+    @property
+    def terms(self) -> dict[str, Objective]:
+        """The loss terms by name."""
+        return {name: cast(Objective, term) for name, term in self.objectives.items()}
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            for term in self.terms.values():
+                term.start(self)
+
     def read_parts(self) -> frozenset[str]:
-        return self.head.reads.union(*(cast(Objective, term).reads for term in self.objectives.values()))
+        return self.head.reads.union(*(term.reads for term in self.terms.values()))
 
     def example(self, batch: int = 1) -> Tensor:
         size, device = self.image.size, next(self.parameters()).device
@@ -82,15 +94,22 @@ class Classification(Task):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, targets = self.mix(*batch, self.num_classes, self.trainer.fit_loop.total_batch_idx)
-        features = self.backbone(images)
-        step = Step(images, targets, features, self.head(features))
-        values = {name: term(step) for name, term in self.objectives.items()}
-        loss = torch.stack([cast(Objective, self.objectives[name]).weight * v for name, v in values.items()]).sum()
+        step, terms = self._step(images, targets), self.terms
+        values = {name: term(step) for name, term in terms.items()}
+        loss = torch.stack([terms[name].weight * value for name, value in values.items()]).sum()
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
         if len(values) > 1:
             logged = {f"train/{name}": value for name, value in values.items()}
+            logged |= {f"weight/{name}": terms[name].weight for name in values}
             self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(images))
         return loss
+
+    def _step(self, images: Tensor, targets: Tensor) -> Step:
+        features = self.backbone(images)
+        first, *others = each = self.head.each(features)
+        logits = torch.stack(each).mean(dim=0) if others else first
+        apart = any(term.token == "distillation" for term in self.terms.values())
+        return Step(images, targets, features, logits, first if apart else logits, others[0] if others else None)
 
     def on_train_epoch_end(self) -> None:
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -124,4 +143,4 @@ class Classification(Task):
         if steps == float("inf"):
             raise ConfigError("trainer.max_epochs: the schedule needs an end; give max_epochs or max_steps")
         scheduler = self.schedule.build(optimizer, int(steps), self.trainer.max_epochs or 1)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.schedule.interval}}

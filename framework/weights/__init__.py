@@ -23,7 +23,9 @@ from framework.weights.keys import Family, assemble
 FAMILIES: list[Family] = [tnt, vit, nextvit]
 
 
-def convert(state: Mapping[str, Tensor], target: Mapping[str, torch.Size], head: bool = True) -> dict[str, Tensor]:
+def convert(
+    state: Mapping[str, Tensor], target: Mapping[str, torch.Size], head: bool = True, shapes: bool = True
+) -> dict[str, Tensor]:
     """A published state dict, official or timm's, under the keys of one of our models.
 
     Args:
@@ -31,6 +33,7 @@ def convert(state: Mapping[str, Tensor], target: Mapping[str, torch.Size], head:
         target: keys and shapes of our model, in the order of its state dict. Only those under `backbone.` and
             `head.` count: terms of the loss are not published.
         head: False leaves out the classifier on both sides, for another number of classes.
+        shapes: False lets tensors of another shape through, for one who resizes them.
 
     Raises:
         ConfigError: no family has such keys, or the weights do not fit the model; names the keys.
@@ -45,7 +48,7 @@ def convert(state: Mapping[str, Tensor], target: Mapping[str, torch.Size], head:
     if not head:
         state = {key: value for key, value in state.items() if not re.match(r"(head|head_dist|proj_head)\.", key)}
         target = {key: shape for key, shape in target.items() if not key.startswith("head.")}
-    return assemble(fitting[0], state, target)
+    return assemble(fitting[0], state, target, shapes)
 
 
 def read(path: str | Path) -> dict[str, Tensor]:

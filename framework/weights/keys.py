@@ -95,8 +95,11 @@ def map_keys(
     return named
 
 
-def assemble(family: Family, state: Mapping[str, Tensor], target: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The published weights `state` of `family` under the keys of `target`: every one of them, in its shape.
+def assemble(
+    family: Family, state: Mapping[str, Tensor], target: Mapping[str, torch.Size], shapes: bool = True
+) -> dict[str, Tensor]:
+    """The published weights `state` of `family` under the keys of `target`: every one of them, with `shapes` in its
+    shape.
 
     Raises:
         ConfigError: keys that the family does not know or the model has no place for, keys that are missing, or
@@ -122,7 +125,7 @@ def assemble(family: Family, state: Mapping[str, Tensor], target: Mapping[str, t
     wrong = [
         f"{name} {_show(value.shape)} (model: {_show(target[name])})"
         for name, value in converted.items()
-        if value.shape != target[name]
+        if shapes and value.shape != target[name]
     ]
     problems = [
         _list("no place for", unknown),
