@@ -79,9 +79,12 @@ class Backbone(nn.Module, ABC):
         """Its blocks in order: state-dict prefix, name in the pattern, block."""
         return iter(())
 
-    @abstractmethod
     def layers(self) -> dict[str, int]:
-        """The layer of each parameter, for rates that decay with depth: 0 in the stem, most in the final norm."""
+        """The layer of each parameter, for rates that decay with depth: 0 in the stem, then 1, 2, …
+
+        What is not in it belongs to one more layer, together with the head.
+        """
+        raise BuildError(f"{WHERE}: {type(self).__name__} does not tell its layers; set model.optimizer.layer_decay: 1")
 
 
 class Composed(Backbone):
@@ -109,7 +112,7 @@ class Composed(Backbone):
         for key, _, block in self.steps():
             layer += block.counts  # a structural block goes with what is before it
             found |= {f"{key}.{name}": layer for name, _ in block.named_parameters()}
-        return found | {f"norm.{name}": layer + 1 for name, _ in self.norm.named_parameters()}
+        return found
 
     def keep(self, parts: frozenset[str]) -> None:
         self.kept = parts
@@ -338,7 +341,7 @@ class TimmBackbone(Backbone):
 
         net = cast(Any, self.net)
         found = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
-        return {f"net.{name}": layer for name, layer in found.items()}
+        return {f"net.{name}": layer for name, layer in found.items()}  # timm puts the final norm to the last block
 
 
 def timm_net(

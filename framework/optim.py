@@ -23,7 +23,8 @@ def parameter_groups(
     positions and tokens. Frozen parameters are in neither.
 
     With `layer_decay`, two such groups for each layer of the model's `backbone`, the last ones first: layer l of L has
-    the rate `lr · layer_decay^(L − l)`. Layer L is the final norm with all that is not in the backbone.
+    the rate `lr · layer_decay^(L − l)`. The last one is the head with all else that is in no layer of the backbone,
+    as its final norm (so in BEiT and MAE; timm puts that norm into the layer of the last block).
     """
     spared: set[int] = set()
     for module in model.modules():
@@ -32,7 +33,7 @@ def parameter_groups(
             if parameter is not None:
                 spared.add(id(parameter))
     layers: dict[str, int] = {} if layer_decay == 1 else cast(Any, model).backbone.layers()
-    last = max(layers.values(), default=0)
+    last = max(layers.values(), default=-1) + 1
     found: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

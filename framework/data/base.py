@@ -13,20 +13,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, ClassVar
+from math import ceil
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler
 
 from framework.errors import ConfigError
 
 Batch = tuple[Tensor, Tensor]
 
 # What the random streams are for: the first part of `seed_of`.
-ORDER, AUGMENT, MIX = 0, 1, 2
+ORDER, AUGMENT, MIX, ERASE = 0, 1, 2, 3
 
 PURPOSES = {"train": "training", "val": "validation", "test": "testing"}
 
@@ -88,8 +89,42 @@ class Order(Sampler[int]):
         return iter(order.tolist())
 
 
+class Repeats(DistributedSampler[int]):
+    """Repeated augmentation: every image several times in a row, each time with draws of its own.
+
+    The copies are dealt out to the devices in turn, so that they are in one step of all of them; an epoch has no more
+    images than without repetition, so that it sees a part of the set. The numbers are those of DeiT's sampler, which
+    rounds a set down to whole 256s; a smaller one stays whole, as in timm. The keys are `round · count + index` with
+    `round = epoch · repeats + copy`. A DistributedSampler, so that Lightning puts none of its own round it.
+
+    Args:
+        count: images in the set.
+        repeats: how often each comes.
+        ranks: number of devices.
+        rank: which of them this is.
+
+    Source: Hoffer et al. 2020, arXiv 1901.09335; facebookresearch/deit samplers.py; timm's RepeatAugSampler.
+    """
+
+    def __init__(self, count: int, repeats: int, ranks: int = 1, rank: int = 0) -> None:
+        super().__init__(cast(Any, range(count)), ranks, rank)
+        self.count = count
+        self.repeats = repeats
+
+    def __len__(self) -> int:
+        whole = self.count // 256 * 256
+        return whole // self.num_replicas if whole else ceil(self.count / self.num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(seed_of(ORDER, self.epoch))
+        order = torch.randperm(self.count, generator=generator)
+        places = torch.arange(len(self)) * self.num_replicas + self.rank
+        rounds = self.epoch * self.repeats + places % self.repeats
+        return iter((rounds * self.count + order[places // self.repeats % self.count]).tolist())
+
+
 class ImageSet(Dataset[Batch], ABC):
-    """The images of one split, read a batch at a time. A plain index is a key of epoch 0.
+    """The images of one split, read a batch at a time. A plain index is a key of round 0.
 
     Args:
         mean: of each channel, of values in 0..1.
@@ -109,11 +144,14 @@ class ImageSet(Dataset[Batch], ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def pixels(self, epoch: int, indices: list[int]) -> Batch:
-        """Augmented uint8 images `(B, C, H, W)` and their int64 targets `(B,)`."""
+    def pixels(self, rounds: list[int], indices: list[int]) -> Batch:
+        """Augmented uint8 images `(B, C, H, W)` and their int64 targets `(B,)`.
+
+        An image is drawn anew for each round: an epoch, or one of several repetitions in an epoch.
+        """
 
     def __getitems__(self, keys: list[int]) -> Batch:
-        pixels, targets = self.pixels(keys[0] // len(self), [key % len(self) for key in keys])
+        pixels, targets = self.pixels([key // len(self) for key in keys], [key % len(self) for key in keys])
         return pixels.float().sub_(255 * self.mean[:, None, None]).div_(255 * self.std[:, None, None]), targets
 
     def __getitem__(self, key: int) -> Batch:
@@ -180,15 +218,17 @@ class ImageData(LightningDataModule, ABC):
         source: what the data is, for messages.
         batch_size: images in a batch, on each device.
         workers: processes that read images, where reading is slow.
+        repeats: how often a training image comes in an epoch, which has as many fewer of them.
     """
 
-    def __init__(self, source: str, batch_size: int, workers: int = 0) -> None:
-        at_least(1, batch_size=batch_size)
+    def __init__(self, source: str, batch_size: int, workers: int = 0, repeats: int = 1) -> None:
+        at_least(1, batch_size=batch_size, repeats=repeats)
         at_least(0, workers=workers)
         super().__init__()
         self.source = source
         self.batch_size = batch_size
         self.workers = workers
+        self.repeats = repeats
         self._splits: dict[str, ImageSet] = {}
 
     @property
@@ -225,10 +265,14 @@ class ImageData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         images = self.split("train")
-        devices = self.trainer.world_size if self.trainer else 1
+        devices, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        order: Sampler[int] = Order(len(images))
+        share = len(images) // devices
+        if self.repeats > 1:
+            order = Repeats(len(images), self.repeats, devices, rank)
+            share = len(order)
         # A set that fills no second batch keeps its rest, or there might be no batch at all.
-        drop_last = len(images) // (self.batch_size * devices) > 1
-        return self._loader(images, Order(len(images)), drop_last)
+        return self._loader(images, order, drop_last=share // self.batch_size > 1)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self.split("val"))

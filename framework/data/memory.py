@@ -12,6 +12,10 @@ from torch import Tensor
 from framework.data.base import AUGMENT, Batch, ImageData, ImageSet, at_least, seed_of
 
 
+# Rounds whose draws are kept: a batch has as many as an image has repetitions.
+ROUNDS = 8
+
+
 def square(shape: tuple[int, ...]) -> tuple[int, int] | None:
     """`(size, channels)` of images `(N, H, W)`, `(N, H, W, C)` or `(N, C, H, W)`; None where they are not square."""
     match shape:
@@ -53,7 +57,7 @@ def statistics(images: Tensor) -> Batch:
 
 
 class MemorySet(ImageSet):
-    """Images in memory, augmented in batch. An image's draws depend on the run's seed, the epoch and its index.
+    """Images in memory, augmented in batch. An image's draws depend on the run's seed, the round and its index.
 
     Args:
         images: uint8 `(N, C, H, W)`.
@@ -72,27 +76,34 @@ class MemorySet(ImageSet):
         self.targets = targets
         self.crop = crop
         self.flip = flip
-        self._drawn = (-1, torch.empty(0))  # a seed, and the draws from it
+        self._drawn: dict[int, Tensor] = {}  # by seed
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def pixels(self, epoch: int, indices: list[int]) -> Batch:
+    def pixels(self, rounds: list[int], indices: list[int]) -> Batch:
         at = torch.tensor(indices)
         images = self.images[at]
         if self.crop or self.flip:
-            images = self._augment(images, self._draws(epoch)[at])
+            in_round = {number: self._draws(number) for number in set(rounds)}
+            if len(in_round) == 1:
+                draws = in_round[rounds[0]][at]
+            else:
+                draws = torch.stack([in_round[number][i] for number, i in zip(rounds, indices, strict=True)])
+            images = self._augment(images, draws)
         return images, self.targets[at]
 
-    def _draws(self, epoch: int) -> Tensor:
-        """Shift down, shift right and mirroring of every image in this epoch: `(N, 3)`."""
-        seed = seed_of(AUGMENT, epoch)
-        if self._drawn[0] != seed:
+    def _draws(self, number: int) -> Tensor:
+        """Shift down, shift right and mirroring of every image in this round: `(N, 3)`."""
+        seed = seed_of(AUGMENT, number)
+        if seed not in self._drawn:
+            while len(self._drawn) >= ROUNDS:
+                del self._drawn[next(iter(self._drawn))]
             generator = torch.Generator().manual_seed(seed)
             shifts = torch.randint(2 * self.crop + 1, (len(self), 2), generator=generator)
             mirrored = torch.randint(2, (len(self), 1), generator=generator) * self.flip
-            self._drawn = (seed, torch.cat([shifts, mirrored], dim=1))
-        return self._drawn[1]
+            self._drawn[seed] = torch.cat([shifts, mirrored], dim=1)
+        return self._drawn[seed]
 
     def _augment(self, images: Tensor, draws: Tensor) -> Tensor:
         channels, size = images.shape[1:3]
@@ -115,11 +126,14 @@ class MemoryData(ImageData, ABC):
         workers: processes that read images, where reading is slow.
         crop: random shift of training images by up to so many pixels.
         flip: whether training images are mirrored at random.
+        repeats: how often a training image comes in an epoch, which has as many fewer of them.
     """
 
-    def __init__(self, source: str, batch_size: int, workers: int = 0, crop: int = 0, flip: bool = False) -> None:
+    def __init__(
+        self, source: str, batch_size: int, workers: int = 0, crop: int = 0, flip: bool = False, repeats: int = 1
+    ) -> None:
         at_least(0, crop=crop)
-        super().__init__(source, batch_size, workers)
+        super().__init__(source, batch_size, workers, repeats)
         self.crop = crop
         self.flip = flip
 
