@@ -296,13 +296,20 @@ class TimmBackbone(Backbone):
 
     Args:
         name: timm's name of the net, for example `tnt_s_patch16_224`.
-        args: further arguments for `timm.create_model`, for example {drop_path_rate: 0.1}.
+        args: further arguments for `timm.create_model`, for example {drop_rate: 0.1}.
+        drop_path: stochastic depth: timm's `drop_path_rate`, for nets that have it.
 
     Raises:
         BuildError: timm knows no such net, or it does not take the image size.
     """
 
-    def __init__(self, image: Image, name: str, args: dict[str, Any] = {}) -> None:  # noqa: B006 (read only)
+    def __init__(
+        self,
+        image: Image,
+        name: str,
+        args: dict[str, Any] = {},  # noqa: B006 (read only)
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         import timm
 
@@ -311,10 +318,10 @@ class TimmBackbone(Backbone):
                 raise BuildError(
                     f"{WHERE}.args: {key} is not set here: image and classes come from the data, weights from training"
                 )
-        if not timm.is_model(name):
-            near = nearest(name, timm.list_models())
-            hint = f"did you mean {near!r}?" if near else "timm.list_models() gives their names"
-            raise BuildError(f"{WHERE}.name: timm has no net {name!r} ({hint})")
+        need_timm_name(name, f"{WHERE}.name")
+        _check_rate(drop_path)
+        if drop_path:
+            args = {"drop_path_rate": drop_path, **args}
         self.net = timm_net(timm.create_model, name, image, args)
         with torch.random.fork_rng(devices=[]):
             on_meta = timm_net(timm.create_model, name, image, args, device="meta").eval().requires_grad_(False)
@@ -344,8 +351,23 @@ class TimmBackbone(Backbone):
         return {f"net.{name}": layer for name, layer in found.items()}  # timm puts the final norm to the last block
 
 
+def need_timm_name(name: str, where: str) -> None:
+    """Raises BuildError where timm has no such net."""
+    import timm
+
+    if not timm.is_model(name):
+        near = nearest(name, timm.list_models())
+        hint = f"did you mean {near!r}?" if near else "timm.list_models() gives their names"
+        raise BuildError(f"{where}: timm has no net {name!r} ({hint})")
+
+
 def timm_net(
-    create: Callable[..., nn.Module], name: str, image: Image, args: dict[str, Any], where: str = WHERE, device: str = ""
+    create: Callable[..., nn.Module],
+    name: str,
+    image: Image,
+    args: dict[str, Any],
+    where: str = WHERE,
+    device: str = "",
 ) -> Any:
     """timm's net for this image; the size is only named to nets whose constructor asks for it."""
     with torch.device(device) if device else torch.device(torch.get_default_device()):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from framework.data.base import AUGMENT, Batch, ImageData, ImageSet, at_least, seed_of
 
-
 # Rounds whose draws are kept: a batch has as many as an image has repetitions.
 ROUNDS = 8
 

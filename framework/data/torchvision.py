@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from framework.data.base import AUGMENT, Batch, Image, ImageSet, at_least, hold_out, seed_of
-from framework.data.memory import MemoryData, resize, square, to_images
+from framework.data.augment import drawing_from, rand_augment
+from framework.data.base import AUGMENT, ERASE, Batch, Image, ImageSet, at_least, hold_out, seed_of
+from framework.data.memory import MemoryData, resize, square, statistics, to_images
 from framework.errors import ConfigError, suggest
 
 # Size (0: the images differ), channels and classes, so that a net can be planned before the files are there.
@@ -62,40 +63,60 @@ OURS = ("self", "root", "download", "transform", "target_transform", "transforms
 
 
 class PictureSet(ImageSet):
-    """Some pictures of a torchvision data set. One's draws depend on the run's seed, the epoch and its index.
+    """Some pictures of a torchvision data set. One's draws depend on the run's seed, the round and its index.
 
     Args:
         source: gives a PIL image and a class number for an index.
         indices: which of them.
         image: the size and channels to give.
-        transform: from a PIL image to a uint8 tensor; it draws from torch's global generator.
+        transform: from a PIL image to a uint8 tensor; it draws from the global generators.
+        mean: of each channel.
+        std: of each channel.
+        erase_prob: probability that a rectangle of an image becomes noise.
     """
 
     slow = True
 
-    def __init__(self, source: Any, indices: np.ndarray, image: Image, transform: Any) -> None:
-        super().__init__(torch.tensor(MEAN[image.channels]), torch.tensor(STD[image.channels]))
+    def __init__(
+        self,
+        source: Any,
+        indices: np.ndarray,
+        image: Image,
+        transform: Any,
+        mean: Tensor,
+        std: Tensor,
+        erase_prob: float = 0.0,
+    ) -> None:
+        super().__init__(mean, std)
         self.source = source
         self.indices = indices
         self.mode = "L" if image.channels == 1 else "RGB"
         self.transform = transform
+        self.erase_prob = erase_prob
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def pixels(self, epoch: int, indices: list[int]) -> Batch:
-        pictures, targets = zip(*(self._one(epoch, index) for index in indices), strict=True)
+    def pixels(self, rounds: list[int], indices: list[int]) -> Batch:
+        pictures, targets = zip(*map(self._one, rounds, indices), strict=True)
         return torch.stack(pictures), torch.tensor(targets)
 
-    def _one(self, epoch: int, index: int) -> tuple[Tensor, int]:
+    def _one(self, number: int, index: int) -> tuple[Tensor, int]:
         picture, target = self.source[int(self.indices[index])]
-        before = torch.get_rng_state()
-        # Not torch.manual_seed: it would seed the accelerators' generators too, whose state nobody puts back.
-        torch.default_generator.manual_seed(seed_of(AUGMENT, epoch, index))
-        try:
+        with drawing_from(seed_of(AUGMENT, number, index)):
             return self.transform(picture.convert(self.mode)), int(target)
-        finally:
-            torch.set_rng_state(before)
+
+    def __getitems__(self, keys: list[int]) -> Batch:
+        images, targets = super().__getitems__(keys)
+        if self.erase_prob:
+            from timm.data.random_erasing import RandomErasing
+
+            # Behind the normalisation: the noise is that of normalised images.
+            erase = RandomErasing(self.erase_prob, mode="pixel", device="cpu")
+            for key, image in zip(keys, images, strict=True):
+                with drawing_from(seed_of(ERASE, *divmod(key, len(self)))):
+                    erase(image)
+        return images, targets
 
 
 class Torchvision(MemoryData):
@@ -115,6 +136,10 @@ class Torchvision(MemoryData):
         download: whether to fetch the files where they are missing.
         crop: random shift of training images of up to 64 pixels, by up to so many pixels.
         flip: whether training images are mirrored at random; not for digits and letters.
+        auto_augment: RandAugment of training images in timm's notation, such as rand-m9-mstd0.5-inc1; empty for none.
+        erase_prob: probability that a rectangle of a training image becomes noise, as in timm.
+        repeats: how often a training image comes in an epoch, each time with draws of its own; an epoch then has as
+            many fewer of them (repeated augmentation, arXiv 1901.09335).
         args: further arguments of the class, such as `{split: letters}` for EMNIST.
     """
 
@@ -128,15 +153,24 @@ class Torchvision(MemoryData):
         download: bool = False,
         crop: int = 4,
         flip: bool = True,
+        auto_augment: str = "",
+        erase_prob: float = 0.0,
+        repeats: int = 1,
         args: dict[str, Any] = {},  # noqa: B006 (only read)
     ) -> None:
         at_least(0, size=size)
-        super().__init__(dataset, batch_size, workers, crop, flip)
+        super().__init__(dataset, batch_size, workers, crop, flip, repeats)
+        if not 0 <= erase_prob <= 1:
+            raise ConfigError(f"data.erase_prob: got {erase_prob}, must be 0 to 1")
         self.dataset = dataset
         self.root = Path(root).expanduser()
         self.size = size
         self.download = download
+        self.auto_augment = auto_augment
+        self.erase_prob = erase_prob
         self.args = args
+        if auto_augment:
+            rand_augment(auto_augment, SMALL, MEAN[3])  # a wrong one is an error here, not when training starts
         self._opened: dict[str, Any] = {}
         if dataset not in KNOWN:
             _ = self._class  # a name that does not exist is an error here, not when training starts
@@ -171,9 +205,16 @@ class Torchvision(MemoryData):
         return resize(to_images(source.data)[indices], self.image.size), torch.from_numpy(labels[indices])
 
     def build(self, split: str) -> ImageSet:
-        if self._in_memory:
+        train = split == "train"
+        drawn = train and bool(self.auto_augment or self.erase_prob)
+        if self._in_memory and not drawn:
             return super().build(split)
-        return PictureSet(*self._part(split), self.image, self._transform(split == "train"))
+        channels = self.image.channels
+        mean, std = torch.tensor(MEAN[channels]), torch.tensor(STD[channels])
+        if self._in_memory:
+            mean, std = statistics(self.read(split)[0])
+        transform = self._transform(train, tuple(mean.tolist()))
+        return PictureSet(*self._part(split), self.image, transform, mean, std, self.erase_prob if train else 0.0)
 
     @cached_property
     def _class(self) -> Any:
@@ -333,7 +374,7 @@ class Torchvision(MemoryData):
             and _labels(source) is not None
         )
 
-    def _transform(self, train: bool) -> Any:
+    def _transform(self, train: bool, mean: tuple[float, ...]) -> Any:
         from torchvision.transforms import InterpolationMode, v2
 
         size, cubic = self.image.size, InterpolationMode.BICUBIC
@@ -348,6 +389,8 @@ class Torchvision(MemoryData):
             steps = [v2.Resize(int(size / 0.875), cubic), v2.CenterCrop(size)]
         if train and self.flip:
             steps.append(v2.RandomHorizontalFlip())
+        if train and self.auto_augment:
+            steps.append(rand_augment(self.auto_augment, size, mean))
         return v2.Compose([*steps, v2.PILToTensor()])
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.data.base import Image
-from framework.errors import ConfigError, nearest, reason
+from framework.errors import ConfigError, reason
 
 WHERE = "model.objectives"
 
@@ -59,18 +59,16 @@ class TimmTeacher(Teacher):
             student's classes, with the normalisation of the student's data.
 
     Raises:
-        ConfigError: timm knows no such net.
+        BuildError: timm knows no such net.
     """
 
     name: str
     weights: str
 
     def __post_init__(self) -> None:
-        import timm
+        from framework.backbones import need_timm_name
 
-        if not timm.is_model(self.name):
-            near = nearest(self.name, timm.list_models())
-            raise ConfigError(f"{WHERE}: timm has no net {self.name!r}" + (f" (did you mean {near!r}?)" if near else ""))
+        need_timm_name(self.name, WHERE)
 
     def build(self, image: Image, num_classes: int) -> nn.Module:
         import timm
