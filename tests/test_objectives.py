@@ -24,6 +24,7 @@ from framework.data.base import Image
 from framework.errors import ConfigError
 from framework.mix import MixupCutmix
 from framework.objectives import CrossEntropy, HardDistillation, Objective, SoftDistillation, Step, Teacher
+from framework.objectives.teachers import Frozen
 from framework.optim import parameter_groups
 from framework.run import LAST, train
 from framework.tasks import Classification
@@ -160,6 +161,13 @@ def test_a_distilled_head_evaluates_the_mean_in_both_modes() -> None:
     by_class, by_distillation = head.each(features)
     assert torch.equal(head(features), (by_class + by_distillation) / 2)
     assert torch.equal(head.eval()(features), (by_class + by_distillation) / 2)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 8, 8, device="meta"), torch.zeros(2, 3, 8, 8).double()])
+def test_a_teacher_follows_the_images(images: Tensor) -> None:
+    net = Frozen(nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten()))
+    found = net(images)
+    assert (found.device, found.dtype, found.requires_grad) == (images.device, images.dtype, False)
 
 
 # Whole tasks
@@ -311,8 +319,8 @@ def test_a_run_teaches_another(tiny: Callable[..., dict[str, Any]], tmp_path: Pa
     keep, _ = run(document, tmp_path / "student")
     saved = torch.load(tmp_path / "teacher" / LAST, weights_only=True)["state_dict"]
     assert all(torch.equal(value, saved[key]) for key, value in keep.net.state_dict().items())
-    with pytest.raises(ConfigError, match=r"was trained on .* 10 classes, the student gets .*size=16"):
-        fit({**document, "data": {"class_path": "Digits", "init_args": {"size": 16}}}, tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"was trained on .* 10 classes, the student gets .*size=8"):
+        fit({**document, "data": {"class_path": "Digits", "init_args": {"size": 8}}}, tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,9 @@ def test_what_would_be_asked_for(tmp_path):
 def test_mistakes_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"launcher\.gpus: got -1; give at least 0"):
         Ray(gpus=-1)
+    if importlib.util.find_spec("ray"):
+        with pytest.raises(ConfigError, match=r"launcher\.address: no Ray answers at 127\.0\.0\.1:9"):
+            Ray("127.0.0.1:9").run([tmp_path], wait, lambda left: None)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="uv sync --extra ray"):
         Ray().run([tmp_path], wait, lambda left: None)

@@ -28,9 +28,9 @@ def _cluster():
     if not shutil.which("slurmctld") or os.getuid() != 0:
         pytest.skip("no slurmctld, or not root; .ci/engines installs it on Debian")
     started = subprocess.run([ENGINES], capture_output=True, text=True)
-    where = started.stdout.strip().splitlines()[-1:]
-    if started.returncode or not where[0].endswith("slurm.conf"):
-        pytest.skip(f"no SLURM: {where} {started.stderr.strip()}")
+    where = (started.stdout.strip().splitlines() or [""])[-1:]
+    if not where[0].endswith("slurm.conf"):
+        pytest.skip(f"no SLURM: {where[0]} {started.stderr.strip()[-200:]}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", where[0])
         yield

@@ -648,3 +648,26 @@ def test_a_killed_study_goes_on_where_it_was(program, tmp_path):
     first.wait(first.gone)
     second.wait(second.gone)
     assert json.loads((tmp_path / "pos" / "study.json").read_text())["name"] == "pos"
+
+
+# Many nets
+
+
+def costs_by_process(document):
+    if document["model"]["word"] == "LearnedPosition" and document["model"]["dim"] == 9:
+        raise ConfigError("model.word: does not fit")
+    return {"params": os.getpid(), "macs": document["model"]["dim"]}
+
+
+def test_many_nets_are_built_in_several_processes_and_in_order(monkeypatch):
+    from framework.ablation import study as module
+
+    monkeypatch.setattr(module, "POOL_FROM", 2)
+    runs = cells(document(), override)
+    found = module._measure(runs, costs_by_process)
+    assert list(found) == list(dict.fromkeys(run.group for run in runs))
+    assert all(cost["params"] != os.getpid() for cost in found.values())
+    made = document()
+    made["model"]["dim"] = 9
+    with pytest.raises(ConfigError, match=r"^cell none/learned: model.word: does not fit$"):
+        module._measure(cells(made, override), costs_by_process)

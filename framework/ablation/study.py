@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
 from framework.ablation import forms, tables
 from framework.ablation.grid import Ablation, Cell, Document, Override, cells, selection
 from framework.ablation.launch.base import Launcher
+from framework.ablation.launch.local import start_server
 from framework.ablation.launch.work import Task
 from framework.ablation.state import Dump, Measures, Status, check, prepare, read_status
 from framework.ablation.view import Progress, Run, count, following, show
@@ -118,6 +123,10 @@ def _choose(ablation: Ablation, runs: list[Cell], only: Sequence[str]) -> list[C
     return chosen
 
 
+# Below so many nets a pool of processes is not up before they are built.
+POOL_FROM = 40
+
+
 def _measure(runs: list[Cell], measure: Measure) -> Measures:
     """Params and MACs by `Cell.group`; each net is built once, so that what cannot be built is known at once."""
     from rich.progress import track
@@ -125,16 +134,43 @@ def _measure(runs: list[Cell], measure: Measure) -> Measures:
     out = tables.console()
     firsts = [run for run in runs if run.seed == runs[0].seed]
     measures = {}
-    for run in track(firsts, "building the nets", console=out, transient=True, disable=not out.is_terminal):
-        try:
-            measures[run.group] = measure(run.document)
-        except Exception as error:
-            from blocks.base import BuildError  # here, because it imports torch
+    with _measuring(firsts, measure) as results:
+        for run in track(firsts, "building the nets", console=out, transient=True, disable=not out.is_terminal):
+            try:
+                measures[run.group] = next(results)
+            except Exception as error:
+                from blocks.base import BuildError  # here, because it imports torch
 
-            if isinstance(error, ConfigError | BuildError):
-                raise ConfigError(f"cell {run.name}: {error}") from error
-            raise
+                if isinstance(error, ConfigError | BuildError):
+                    raise ConfigError(f"cell {run.name}: {error}") from error
+                raise
     return measures
+
+
+def _load(plugins: list[str]) -> None:
+    """Brings what the documents name into a new process."""
+    from blocks import registry  # here, because it imports torch
+
+    registry.load_entry_points()
+    for plugin in plugins:
+        registry.load_plugin(plugin)
+
+
+@contextmanager
+def _measuring(runs: list[Cell], measure: Measure) -> Iterator[Iterator[dict[str, int]]]:
+    """The measures of each run in order: here, or for many runs in a process on each core."""
+    cores = os.cpu_count() or 1
+    if len(runs) < POOL_FROM or cores < 2:
+        yield (measure(run.document) for run in runs)
+        return
+    start_server()
+    plugins = runs[0].document.get("plugins", [])
+    with ProcessPoolExecutor(cores, get_context("forkserver"), _load, (plugins,)) as pool:
+        try:
+            futures = [pool.submit(measure, run.document) for run in runs]
+            yield (future.result() for future in futures)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _print_plan(ablation: Ablation, runs: list[Cell], measures: Measures, study: Path) -> list[Cell]:

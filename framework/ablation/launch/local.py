@@ -65,7 +65,7 @@ class Local(Launcher):
         self._share(len(folders))
         self.task = task
         self.jobs: list[_Job] = []
-        _start_server()
+        start_server()
         with terminate_as_interrupt():
             yield
 
@@ -158,7 +158,7 @@ class _Job:
         return how + last_error(self.folder / LOG, self.log_start)
 
 
-def _start_server() -> None:
+def start_server() -> None:
     """Starts the process that imports once and is forked for each run, if there is none yet.
 
     It starts with SIGINT blocked, and each run unblocks it when it is ready for it: else a Ctrl-C in a terminal,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -79,6 +80,7 @@ class Ray(Launcher):
     @contextmanager
     def session(self, folders: list[Path], task: Task) -> Iterator[None]:
         self.ray = _import()
+        _check_address(self.address)
         self.task = task
         self.tasks: dict[Any, _Task] = {}
         path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
@@ -179,6 +181,17 @@ def _import() -> Any:
     except ImportError:
         raise ConfigError("launcher Ray needs ray: uv sync --extra ray") from None
     return ray
+
+
+def _check_address(address: str) -> None:
+    """Raises ConfigError where nothing answers; Ray itself would try for many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return  # none, or auto, which Ray looks up
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"launcher.address: no Ray answers at {address}: {error}") from error
 
 
 def _task(folder: Path, task: Task) -> bool:

@@ -248,7 +248,8 @@ class _Job:
 def _ask(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ConfigError(f"launcher Slurm: {' '.join(command[:3])}: {done.stderr.strip()}")
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ConfigError(f"launcher Slurm: {' '.join(command[:3])}: {said[-1]}")
     return done.stdout
 
 
