@@ -11,6 +11,7 @@ import inspect
 import sys
 from abc import ABC
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -112,6 +113,7 @@ def load_plugin(spec: str) -> ModuleType:
         raise LookupError(f"plug-in {spec} fails: {_one_line(error)}") from error
 
 
+@cache
 def load_entry_points() -> None:
     """Imports what installed packages offer under the entry-point group `tessera.plugins`.
 

@@ -15,9 +15,8 @@ from blocks import base, heads, registry, residual
 from framework import typed
 from framework.ablation.launch import Launcher
 from framework.backbones import Backbone
-from framework.config import document_hints
+from framework.config import document_hints, load_plugins
 from framework.data import ImageData
-from framework.errors import ConfigError
 from framework.mix import Mix
 from framework.objectives import Objective, Teacher
 from framework.optim import Optimizer, Schedule
@@ -76,12 +75,7 @@ def catalogue(plugins: Iterable[str] = ()) -> list[Entry]:
         ConfigError: a plug-in cannot be loaded.
     """
     document_hints()  # imports everything that registers
-    try:
-        registry.load_entry_points()
-        for plugin in plugins:
-            registry.load_plugin(plugin)
-    except LookupError as error:
-        raise ConfigError(f"plugins: {error}") from error
+    load_plugins(plugins)
     entries = []
     for kind, (root, hidden) in KINDS.items():
         for _, classes in sorted(registry.usable(root).items()):

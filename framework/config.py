@@ -220,12 +220,7 @@ def compose(
     for path in names:
         found += layers(path, seen)
     asked = [*plugins, *(p for _, layer in found for p in layer.get("plugins") or [])]
-    try:
-        registry.load_entry_points()
-        for plugin in asked:
-            registry.load_plugin(plugin)
-    except LookupError as error:
-        raise ConfigError(f"plugins: {error}") from error
+    load_plugins(asked)
     document: dict[str, Any] = {}
     for source, layer in found:
         document = merge_layer(document, layer, source)
@@ -238,6 +233,20 @@ def compose(
     document = merge_layer({}, left_out, "") | document
     _check(document)
     return document
+
+
+def load_plugins(plugins: Iterable[str]) -> None:
+    """Loads what installed packages offer, and these Python files or import paths; what is there already stays.
+
+    Raises:
+        ConfigError: one of them cannot be loaded.
+    """
+    try:
+        registry.load_entry_points()
+        for plugin in plugins:
+            registry.load_plugin(plugin)
+    except LookupError as error:
+        raise ConfigError(f"plugins: {error}") from error
 
 
 def _check(document: Mapping[str, Any]) -> None:

@@ -386,7 +386,8 @@ def test_image_and_classes_come_from_the_data(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(EXPERIMENTS)) for path in FILES])
 def test_a_dumped_document_is_the_same_document(path: Path, write: Write) -> None:
-    document = compose([path])
+    net = [EXPERIMENTS / "zoo/deit_ti.yaml"] if path.parent.name == "recipes" else []  # a recipe has none
+    document = compose([*net, path])
     text = dump(document)
     again = compose([write("config.yaml", text)])
     assert again == document

@@ -51,6 +51,8 @@ def settings(kind: str, photos: Path) -> dict:
         "init_args": {"dataset": "ImageFolder", "root": str(photos), "size": 8, "batch_size": 12, "workers": 2},
     }
     extra = {"trainer.callbacks": [EMA], "trainer.accumulate_grad_batches": 2} if kind == "workers, EMA" else {}
+    if kind == "repeats":
+        data["init_args"] |= {"repeats": 3, "auto_augment": "rand-m9-mstd0.5-inc1", "erase_prob": 0.25, "workers": 0}
     return {**RANDOM, "data": data, **extra}
 
 
@@ -123,6 +125,7 @@ def whole(tmp_path_factory, photos):
         ("workers", 1, 2, signal.SIGINT),
         ("workers, EMA", 1, 2, signal.SIGINT),
         ("workers, EMA", 2, 3, signal.SIGTERM),
+        ("repeats", 1, 2, signal.SIGINT),
     ],
 )
 def test_a_run_stopped_in_a_step_goes_on_to_the_same_weights(

@@ -147,15 +147,6 @@ def _measure(runs: list[Cell], measure: Measure) -> Measures:
     return measures
 
 
-def _load(plugins: list[str]) -> None:
-    """Brings what the documents name into a new process."""
-    from blocks import registry  # here, because it imports torch
-
-    registry.load_entry_points()
-    for plugin in plugins:
-        registry.load_plugin(plugin)
-
-
 @contextmanager
 def _measuring(runs: list[Cell], measure: Measure) -> Iterator[Iterator[dict[str, int]]]:
     """The measures of each run in order: here, or for many runs in a process on each core."""
@@ -164,8 +155,7 @@ def _measuring(runs: list[Cell], measure: Measure) -> Iterator[Iterator[dict[str
         yield (measure(run.document) for run in runs)
         return
     start_server()
-    plugins = runs[0].document.get("plugins", [])
-    with ProcessPoolExecutor(cores, get_context("forkserver"), _load, (plugins,)) as pool:
+    with ProcessPoolExecutor(cores, get_context("forkserver")) as pool:
         try:
             futures = [pool.submit(measure, run.document) for run in runs]
             yield (future.result() for future in futures)
