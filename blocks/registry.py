@@ -113,13 +113,18 @@ def load_plugin(spec: str) -> ModuleType:
         raise LookupError(f"plug-in {spec} fails: {_one_line(error)}") from error
 
 
-@cache
 def load_entry_points() -> None:
     """Imports what installed packages offer under the entry-point group `tessera.plugins`.
 
     Raises:
         LookupError: one of them fails while it is imported.
     """
+    _load_entry_points(tuple(sys.path))
+
+
+@cache
+def _load_entry_points(path: tuple[str, ...]) -> None:
+    """Once for each search path: looking through all installed packages takes a while."""
     for point in entry_points(group=ENTRY_POINTS):
         try:
             point.load()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,9 @@ from framework.measure import meta_model
 from framework.provenance import write_provenance
 from framework.weights.transfer import source, start_from
 
+HANDED = "TESSERA_RUN_FOLDER"
+JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+
 CONFIG, RESOLVED, LAST, BEST = "config.yaml", "resolved.yaml", "checkpoints/last.ckpt", "checkpoints/best.ckpt"
 
 for _name in ("lightning.pytorch", "lightning.fabric"):
@@ -42,6 +49,41 @@ def new_folder(root: Path, name: str) -> Path:
             n += 1
         else:
             return parent / str(n)
+
+
+def rank() -> int:
+    """Which of the processes of one run this is; 0 where it is the only one."""
+    return int(next((os.environ[key] for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), 0))
+
+
+@contextmanager
+def shared_folder(root: Path, name: str) -> Iterator[Path]:
+    """A new folder, the same one for all processes of a run: those that Lightning starts, torchrun or srun.
+
+    Raises:
+        ConfigError: the first process of the run makes none within a minute.
+    """
+    if HANDED in os.environ:  # Lightning starts the others with this process's environment
+        yield Path(os.environ[HANDED])
+        return
+    job = re.sub(r"[^\w.-]", "_", "-".join(os.environ[key] for key in JOB if key in os.environ))
+    note = root / name / f".{job}"
+    if rank() == 0:
+        os.environ[HANDED] = str(new_folder(root, name))
+        if job:
+            write_text(note, os.environ[HANDED])
+        try:
+            yield Path(os.environ[HANDED])
+        finally:
+            del os.environ[HANDED]
+            note.unlink(missing_ok=True) if job else None
+        return
+    limit = time.monotonic() + 60
+    while not note.is_file():
+        if time.monotonic() > limit:
+            raise ConfigError(f"{root / name}: the first process of this run made no folder there within a minute")
+        time.sleep(0.1)
+    yield Path(note.read_text(encoding="utf-8"))
 
 
 def run_folder_of(checkpoint: Path) -> Path | None:
@@ -108,9 +150,11 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
         KeyboardInterrupt: it was interrupted; the folder holds a checkpoint to go on from.
     """
     finished = complete(document)
-    if not (folder / CONFIG).is_file():
-        write_text(folder / CONFIG, dump(document))
-    write_text(folder / RESOLVED, dump(finished))
+    if rank() == 0:
+        if not (folder / CONFIG).is_file():
+            write_text(folder / CONFIG, dump(document))
+        write_text(folder / RESOLVED, dump(finished))
+        write_provenance(folder, int(document.get("seed", 0)))
     seed_everything(int(document.get("seed", 0)), workers=True, verbose=False)
     bench = Workbench(finished)
     data, model = bench.make_data(), bench.make_model()
@@ -119,7 +163,6 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
     for split in ("train", "val"):
         data.split(split)  # what is missing or empty says so before the first step
     last = folder / LAST
-    write_provenance(folder, int(document.get("seed", 0)))
     callbacks: list[Callback] = [
         RandomState(),
         RunState(folder, {"params": sum(p.numel() for p in model.parameters() if p.requires_grad)}),

@@ -121,3 +121,33 @@ def test_cosine_warms_up_and_ends_at_its_minimum() -> None:
     assert max(rates) == rates[20]
     assert rates[60] == pytest.approx((1e-5 + 1e-3) / 2)
     assert rates[100] == pytest.approx(1e-5)
+
+
+def test_all_processes_of_a_run_share_one_new_folder(tmp_path, monkeypatch) -> None:
+    for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK", *runs.JOB):
+        monkeypatch.delenv(key, raising=False)
+    with runs.shared_folder(tmp_path, "a") as alone:
+        assert alone == tmp_path / "a" / "0"
+        monkeypatch.setenv("LOCAL_RANK", "1")  # as Lightning starts the others, with this environment
+        with runs.shared_folder(tmp_path, "a") as handed:
+            assert handed == alone
+    monkeypatch.setenv("MASTER_PORT", "29500")  # as torchrun starts them, each by itself
+    monkeypatch.setenv("RANK", "0")
+    with runs.shared_folder(tmp_path, "a") as first:
+        monkeypatch.delenv(runs.HANDED)
+        monkeypatch.setenv("RANK", "1")
+        with runs.shared_folder(tmp_path, "a") as second:
+            assert first == second == tmp_path / "a" / "1"
+        monkeypatch.setenv(runs.HANDED, str(first))
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["0", "1"]
+
+
+def test_two_processes_do_not_train_in_one_folder(whole: Path, capsys) -> None:
+    from framework.ablation.lock import hold
+    from framework.cli import main
+
+    with hold(whole) as mine:
+        assert mine
+        command = ["fit", "--config", str(whole / "config.yaml"), "--ckpt_path", str(whole / runs.LAST)]
+        assert main(command) == 2
+    assert "another process trains in this folder" in capsys.readouterr().err

@@ -36,31 +36,48 @@ def console() -> Any:
 
 
 def fit(args: Namespace, document: dict[str, Any]) -> int:
-    from framework.config import dump
-    from framework.run import BEST, CONFIG, LAST, check, existing, new_folder, run_folder_of, train, write_text
+    from framework.run import check, existing, run_folder_of, shared_folder
 
     checkpoint = existing(args.ckpt_path) if args.ckpt_path else None
     check(document, checkpoint)
     if args.dry_run:
         console().print(f"1 run in this process, in {checkpoint or Path(args.runs, document['name'], '<n>')}")
         return 0
-    folder = run_folder_of(checkpoint) if checkpoint else None
-    made = folder is None
-    if folder is None:
-        folder = new_folder(Path(args.runs), document["name"])
-    write_text(folder / CONFIG, dump(document))  # a run that goes on may have been given more epochs
+    if checkpoint and (folder := run_folder_of(checkpoint)):
+        return fit_in(folder, document, checkpoint)
+    with shared_folder(Path(args.runs), document["name"]) as folder:
+        try:
+            return fit_in(folder, document, checkpoint)
+        except ConfigError:
+            from framework.run import LAST
+
+            if not (folder / LAST).is_file():
+                shutil.rmtree(folder, ignore_errors=True)  # the data cannot be read: nothing was trained
+            raise
+
+
+def fit_in(folder: Path, document: dict[str, Any], checkpoint: Path | None) -> int:
+    """Trains in a run folder, alone; says where it is, what came out, and after Ctrl-C how to go on."""
+    from framework.ablation.lock import hold
+    from framework.config import dump
+    from framework.run import BEST, CONFIG, LAST, rank, train, write_text
+
+    if rank():  # a further process of the run that the first one shows
+        train(folder, document, checkpoint, bar=False)
+        return 0
     out = console()
-    out.print(f"run folder: {folder}")
-    try:
-        trainer = train(folder, document, checkpoint)
-    except KeyboardInterrupt:
-        command = f"python cli.py fit --config {folder / CONFIG} --ckpt_path {folder / LAST}"
-        out.print(f"\ninterrupted; the run goes on with:\n  {command}" if (folder / LAST).is_file() else "interrupted")
-        return 130
-    except ConfigError:
-        if made and not (folder / LAST).is_file():
-            shutil.rmtree(folder)  # the data cannot be read: nothing was trained
-        raise
+    with hold(folder) as mine:
+        if not mine:
+            raise ConfigError(f"{folder}: another process trains in this folder; wait for it, or start another run")
+        write_text(folder / CONFIG, dump(document))  # a run that goes on may have been given more epochs
+        out.print(f"run folder: {folder}")
+        try:
+            trainer = train(folder, document, checkpoint)
+        except KeyboardInterrupt:
+            command = f"python cli.py fit --config {folder / CONFIG} --ckpt_path {folder / LAST}"
+            there = (folder / LAST).is_file()
+            out.print(f"\ninterrupted; the run goes on with:\n  {command}" if there else "interrupted")
+            return 130
     if trainer.callback_metrics:
         show_metrics(trainer.callback_metrics, f"after {trainer.current_epoch} epochs")
     else:

@@ -97,11 +97,11 @@ class Classification(Task):
         step, terms = self._step(images, targets), self.terms
         values = {name: term(step) for name, term in terms.items()}
         loss = torch.stack([terms[name].weight * value for name, value in values.items()]).sum()
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
+        self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
         if len(values) > 1:
             logged = {f"train/{name}": value for name, value in values.items()}
             logged |= {f"weight/{name}": terms[name].weight for name in values}
-            self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(images))
+            self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
         return loss
 
     def _step(self, images: Tensor, targets: Tensor) -> Step:
@@ -112,12 +112,12 @@ class Classification(Task):
         return Step(images, targets, features, logits, first if apart else logits, others[0] if others else None)
 
     def on_train_epoch_end(self) -> None:
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], sync_dist=True)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         images, targets = batch
         logits = self(images)
-        self.log(f"{stage}/loss", nn.functional.cross_entropy(logits, targets), batch_size=len(images))
+        self.log(f"{stage}/loss", nn.functional.cross_entropy(logits, targets), sync_dist=True, batch_size=len(images))
         for name in ("acc1", "acc5"):
             metric = cast(Any, self.metrics[f"{stage}_{name}"])
             metric(logits, targets)
