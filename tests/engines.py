@@ -47,6 +47,21 @@ def steps(folder: Path) -> None:
     write_status(folder, Status("finished", 10, 10, {"val/acc1": score}))
 
 
+def races(folder: Path) -> None:
+    """Eight epochs of one good run; the others come late, are bad, and stay at their first epoch until interrupted."""
+    with (folder / "trained").open("a") as trained:
+        trained.write("x")
+    good = folder.parent.parent / "sentence=learned,word=learned" / folder.name
+    if folder != good:
+        wait(lambda: read_status(good).epoch >= 2)
+        write_status(folder, Status("running", 1, 8, {"val/acc1": 0.1}))
+        wait(lambda: False, 30)
+    for epoch in range(1, 9):
+        write_status(folder, Status("running", epoch, 8, {"val/acc1": 0.9}))
+        time.sleep(1 if epoch == 1 else 0.1)
+    write_status(folder, Status("finished", 8, 8, {"val/acc1": 0.9}))
+
+
 PROGRAM = """
 import sys
 from pathlib import Path

@@ -205,14 +205,12 @@ class Keep(Callback):
     def __init__(self) -> None:
         self.task: Any = None
         self.images: dict[str, list[Tensor]] = {"net": [], "teacher": []}
-        self.averages: Any = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.task = pl_module
         self.before = deepcopy(self.net.state_dict())
         for name, net in (("net", pl_module.backbone), ("teacher", self.net)):
             net.register_forward_pre_hook(lambda net, args, name=name: self.images[name].append(args[0].clone()))
-        self.averages = next((c for c in trainer.callbacks if hasattr(c, "_average_model")), None)
         assert pl_module.training
         assert not self.net.training
 

@@ -139,6 +139,9 @@ def as_csv(table: Table) -> str:
         line |= {"params": row.params, "macs": row.macs}
         line |= {name: row.measures.get(name, math.nan) for name in MEASURES}
         line |= {"published": row.published, "error": "; ".join(failure.reason for failure in row.failures)}
+        if table.stopped:
+            epochs = "; ".join(f"seed={seed} epoch {epoch}" for seed, epoch in row.stopped.items())
+            line |= {"stopped": len(row.stopped), "stopped at": epochs}
         lines.append(line)
     text = io.StringIO()
     writer = csv.DictWriter(text, lines[0], lineterminator="\n")

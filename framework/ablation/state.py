@@ -17,7 +17,7 @@ import yaml
 from framework.ablation.grid import Ablation, Cell, Document
 from framework.errors import ConfigError
 
-State = Literal["waiting", "running", "finished", "interrupted", "failed"]
+State = Literal["waiting", "running", "finished", "interrupted", "failed", "stopped"]
 Dump = Callable[[Document], str]
 Measures = dict[str, dict[str, int]]
 
@@ -27,7 +27,8 @@ class Status:
     """How far a run is.
 
     Args:
-        state: an interrupted run goes on from its checkpoint; a failed one says why in `error`.
+        state: an interrupted run goes on from its checkpoint; a failed one says why in `error`; a stopped one was
+            found hopeless at its `epoch`, and never goes on.
         epoch: epochs done.
         epochs: epochs to do.
         metrics: the last ones.
@@ -45,7 +46,12 @@ class Status:
     @property
     def final(self) -> bool:
         """Whether nobody works on this run any more."""
-        return self.state in ("finished", "interrupted", "failed")
+        return self.state in ("finished", "interrupted", "failed", "stopped")
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody will work on this run again."""
+        return self.state in ("finished", "stopped")
 
 
 def read_status(folder: Path) -> Status:

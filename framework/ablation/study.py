@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -173,7 +174,7 @@ def _print_plan(ablation: Ablation, runs: list[Cell], measures: Measures, study:
     for run in runs:
         status = read_status(study / run.folder)
         statuses.setdefault(run.group, []).append(status)
-        if status.state != "finished":
+        if not status.over:
             left.append(run)
     lines = Lines()
     for axis in ablation.axes:
@@ -188,7 +189,9 @@ def _print_plan(ablation: Ablation, runs: list[Cell], measures: Measures, study:
         costs = [tables.short(measured["params"]), tables.short(measured["macs"])]
         lines.add_row(*(Text(text) for text in (*values, seeds, *costs, count(statuses[group]))))
     shape = f"{len(statuses)} cells × {len(ablation.seeds)} seeds"
-    title = f"{ablation.name}: {len(runs)} runs ({shape}), {len(runs) - len(left)} of them finished, in {study}"
+    done = Counter(status.state for each in statuses.values() for status in each)
+    over = f"{done['finished']} of them finished" + (f", {done['stopped']} stopped" if done["stopped"] else "")
+    title = f"{ablation.name}: {len(runs)} runs ({shape}), {over}, in {study}"
     out = tables.console()
     out.print(Text(title, style="bold"), soft_wrap=True)
     out.print(lines)

@@ -98,7 +98,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """One cell of the study over its seeds; what is not there is nan. `values` are by metric and seed."""
+    """One cell of the study over its seeds; what is not there is nan.
+
+    Args:
+        values: by metric and seed, of the runs that finished.
+        stopped: the epochs at which runs were stopped as hopeless, by seed.
+    """
 
     choices: Choices
     folder: str
@@ -108,6 +113,7 @@ class Row:
     values: dict[str, dict[int, float]] = field(default_factory=dict)
     measures: dict[str, float] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
+    stopped: dict[int, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -200,14 +206,36 @@ class Table:
         """How the table is to be read, and what it cannot show; a sentence or two each."""
         compared = [result for result in self.results[self.metric.name] if not math.isnan(result.sign_flip)]
         if not compared:
-            return [self.source] if self.source else []
+            return [note for note in (*self.selection, self.source) if note]
         many = f"over {len(compared)} comparisons" if len(compared) > 1 else "over 1 comparison"
         read = (
             "Δ: mean difference to the baseline over the seeds that both have, with its 95 % t-interval. p flip: exact "
             f"sign-flip test, p t: t-test, both paired by seed, two-sided, after Holm's correction {many}."
         )
         reach = stats.reach(max(result.comparison.difference.n for result in compared), len(compared))
-        return [note for note in (read, reach, self.source) if note]
+        return [note for note in (read, reach, *self.selection, self.source) if note]
+
+    @property
+    def stopped(self) -> bool:
+        """Whether runs were stopped as hopeless."""
+        return any(row.stopped for row in self.rows)
+
+    @property
+    def selection(self) -> list[str]:
+        """What it means that runs were stopped, and which; nothing where none was."""
+        if not self.stopped:
+            return []
+        means = (
+            "Hopeless runs were stopped early (ASHA): every mean, interval and test is of the runs that survived, "
+            "which were selected by their results. They are not comparable to those of a full study."
+        )
+        cells = [
+            f"{row.folder} {len(row.stopped)} of {len(self.seeds)} "
+            f"({', '.join(f'seed {seed} at epoch {epoch}' for seed, epoch in row.stopped.items())})"
+            for row in self.rows
+            if row.stopped
+        ]
+        return [means, f"Stopped: {'; '.join(cells)}."]
 
 
 @dataclass(frozen=True)
@@ -250,6 +278,8 @@ def collect(study: Path) -> Table:
             status = read_status(folder)
             if status.state == "failed":
                 row.failures.append(Failure(seed, status.error, folder / "log.txt"))
+            if status.state == "stopped":
+                row.stopped[seed] = status.epoch
             if status.state != "finished":
                 continue
             for name, value in status.measures.items():
@@ -272,6 +302,8 @@ def columns(table: Table) -> list[Column]:
     made = [Column(axis, [row.choices.get(axis, NOTHING) for row in rows], number=False) for axis in table.axes]
     if any(result.sample.n != len(table.seeds) for result in results):
         made.append(Column("n", [str(result.sample.n) for result in results], rank=1))
+    if table.stopped:
+        made.append(Column("stopped", [str(len(row.stopped)) for row in rows], rank=1))
     made.append(_means(table, main))
     if len(table.seeds) > 1:
         intervals = [_interval(main, result.sample) or NOTHING for result in results]
@@ -325,7 +357,7 @@ def _mean(metric: Metric, row: Row, sample: Sample) -> str:
         return f"diverged: seed {', '.join(diverged)}"
     if sample.n:
         return f"{metric.show(sample.mean)} ± {NOTHING if sample.n == 1 else metric.show(sample.std, digits=2)}"
-    return "failed" if row.failures else NOTHING
+    return "failed" if row.failures else "stopped" if row.stopped else NOTHING
 
 
 def _interval(metric: Metric, sample: Sample, sign: str = "") -> str:

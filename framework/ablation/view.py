@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table as Lines
 
-STYLES = {"waiting": "dim", "running": "cyan", "finished": "green", "interrupted": "yellow", "failed": "red"}
+STYLES = {
+    "waiting": "dim",
+    "running": "cyan",
+    "finished": "green",
+    "interrupted": "yellow",
+    "stopped": "magenta",
+    "failed": "red",
+}
 
 # Seconds between two looks at a study: thousands of small files are read each time.
 PAUSE = 2.0
@@ -72,13 +79,15 @@ class Progress:
         name = f"{run.cell} seed={run.seed}"
         if not status.final:
             return f"{name}  {status.state}{f' again after: {status.error}' if status.error else ''}"
-        done = sum(each.state in ("finished", "failed") for each in self.statuses.values())
+        done = sum(each.state in ("finished", "failed", "stopped") for each in self.statuses.values())
         number = f"[{done:{len(str(len(self.statuses)))}}/{len(self.statuses)}]"
         if status.state == "finished":
             result = f"{self.metric} {status.metrics.get(self.metric, float('nan')):.4g}"
             if "seconds" in status.measures:
                 result += f"  {status.measures['seconds']:.0f} s"
             return f"{number} {name}  {result}"
+        if status.state == "stopped":
+            return f"{number} {name}  stopped as hopeless at epoch {status.epoch}"
         return f"{number} {name}  {status.state}: {status.error or 'stopped'}  {run.folder / 'log.txt'}"
 
     def lines(self) -> Lines:

@@ -34,6 +34,7 @@ class Launcher(ABC):
         if retries < 0:
             raise ConfigError(f"launcher.retries: got {retries}; give how often a failed run is tried again, or 0")
         self.retries = retries
+        self.hopeless: set[Path] = set()  # runs that are interrupted for good
 
     @abstractmethod
     def plan(self, folders: list[Path]) -> str:
@@ -93,7 +94,7 @@ class Launcher(ABC):
                     watch(left)
             except BaseException:
                 for folder, how in [*ended.items(), *self.stop()]:
-                    if how is not None and read_status(folder).state == "running":
+                    if how is not None and (folder in self.hopeless or read_status(folder).state == "running"):
                         self._settle(folder, how, "interrupted", {})
                 raise
 
@@ -108,7 +109,7 @@ class Launcher(ABC):
                 continue
             queue.remove(folder)
             status = read_status(folder)
-            if status.state == "finished":
+            if status.over:
                 del left[folder]
                 continue
             if status.state != "waiting":
@@ -123,6 +124,8 @@ class Launcher(ABC):
         status = read_status(folder)
         if not status.final:
             status = replace(status, state=state, error=how)
+        if folder in self.hopeless and status.state != "finished":
+            status = replace(status, state="stopped", error="")
         again = status.state == "failed" and left.get(folder, 0) > 0
         if again:
             status = replace(status, state="waiting")  # with its error, so that one can see why

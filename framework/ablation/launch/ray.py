@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from framework.ablation.launch import asha as rules
+from framework.ablation.launch.asha import Asha
 from framework.ablation.launch.base import Ended, Launcher
 from framework.ablation.launch.work import (
     LOG,
@@ -25,10 +28,14 @@ from framework.ablation.launch.work import (
     terminate_as_interrupt,
     work,
 )
+from framework.ablation.state import read_status
 from framework.errors import ConfigError, reason
 
 # Seconds that a run has to leave its checkpoint once it is told to stop.
 GRACE = 30.0
+
+# Seconds between two looks at the statuses for hopeless runs.
+LOOK = 1.0
 
 # Ray reports its use over the network unless told otherwise.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
@@ -47,6 +54,10 @@ class Ray(Launcher):
         memory_gib: of each run; Ray counts it, and does not enforce it.
         losses: how often a run is started again whose node or process was lost. That is no failure.
         retries: how often a failed run is tried again.
+        asha: whether runs that look hopeless beside the others are stopped early, for good, by Ray's rule (ASHA). The
+            table then selects by result, and is not comparable to that of a full study.
+        asha_grace: epochs before a run may be stopped.
+        asha_factor: one of so many goes on, at epoch `asha_grace` and at each so many times as many.
     """
 
     def __init__(
@@ -57,11 +68,18 @@ class Ray(Launcher):
         memory_gib: float = 0,
         losses: int = 2,
         retries: int = 1,
+        asha: bool = False,
+        asha_grace: int = 1,
+        asha_factor: int = 4,
     ) -> None:
         super().__init__(retries)
         for name, value in (("cpus", cpus), ("gpus", gpus), ("memory_gib", memory_gib), ("losses", losses)):
             if value < 0:
                 raise ConfigError(f"launcher.{name}: got {value}; give at least 0")
+        for name, number, least in (("asha_grace", asha_grace, 1), ("asha_factor", asha_factor, 2)):
+            if number < least:
+                raise ConfigError(f"launcher.{name}: got {number}; give at least {least}")
+        self.asha, self.asha_grace, self.asha_factor = asha, asha_grace, asha_factor
         self.address = address
         self.losses = losses
         self.needs: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "memory": int(memory_gib * 2**30)}
@@ -72,10 +90,17 @@ class Ray(Launcher):
         asked = ((cpus, "CPU"), (gpus, "GPU"), (memory / 2**30, "GiB"))
         needs = ", ".join(f"{value:g} {unit}" for value, unit in asked if value)
         where = f"the cluster at {self.address}" if self.address else "a Ray of its own on this machine"
-        return (
+        text = (
             f"{len(folders)} tasks on {where}, each with {needs or 'nothing of its own'}; "
             f"started again after a loss up to {self.losses} times"
         )
+        if self.asha:
+            rules.scheduler()
+            text += (
+                f"; ASHA (Ray's AsyncHyperBandScheduler) stops hopeless runs for good from epoch {self.asha_grace} on, "
+                f"where 1 of {self.asha_factor} goes on: the table is then of those that survive"
+            )
+        return text
 
     @contextmanager
     def session(self, folders: list[Path], task: Task) -> Iterator[None]:
@@ -83,6 +108,8 @@ class Ray(Launcher):
         _check_address(self.address)
         self.task = task
         self.tasks: dict[Any, _Task] = {}
+        self.rule = rules.of_study(folders[0], self.asha_grace, self.asha_factor) if self.asha and folders else None
+        self.next_look = 0.0
         path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
         # Else a run that asks for no GPU sees all of them.
         env = {"PYTHONPATH": path, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
@@ -127,7 +154,22 @@ class Ray(Launcher):
     def poll(self) -> Ended:
         if not self.tasks:
             time.sleep(0.5)
-        return self._reap(0.5)
+        ended = self._reap(0.5)
+        if self.rule and time.monotonic() >= self.next_look:
+            self._stop_hopeless(self.rule)
+            self.next_look = time.monotonic() + LOOK
+        return ended
+
+    def _stop_hopeless(self, rule: Asha) -> None:
+        """Interrupts the runs that the rule calls hopeless, and kills those that have not ended in time."""
+        for each, task in self.tasks.items():
+            if task.folder not in self.hopeless and rule.hopeless(task.folder, read_status(task.folder)):
+                self.hopeless.add(task.folder)
+                task.kill_at = time.monotonic() + GRACE
+                self.ray.cancel(each)
+            elif time.monotonic() >= task.kill_at:
+                task.kill_at = math.inf
+                self.ray.cancel(each, force=True)
 
     def _reap(self, timeout: float) -> Ended:
         """Waits until a task ends, at most `timeout` seconds, and gives those that have."""
@@ -167,10 +209,11 @@ class Ray(Launcher):
 
 @dataclass
 class _Task:
-    """A task of Ray: the run folder, and where its part of the run's log begins."""
+    """A task of Ray: the run folder, where its part of the run's log begins, and when it is killed, stopped or not."""
 
     folder: Path
     log_start: int
+    kill_at: float = math.inf
 
 
 def _import() -> Any:

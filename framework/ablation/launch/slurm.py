@@ -179,7 +179,7 @@ class Slurm(Launcher):
     def poll(self) -> Ended:
         time.sleep(LOOK)
         # The folder knows it first. What is interrupted may have been queued again.
-        over = [f for f in self.jobs if read_status(f).state in ("finished", "failed") and not held(f)]
+        over = [f for f in self.jobs if read_status(f).state in ("finished", "failed", "stopped") and not held(f)]
         ended = self.refused + [(folder, "") for folder in over]
         self.refused = []
         for folder in over:

@@ -51,7 +51,7 @@ def work(folder: Path, task: Task, job: str = "", rank: int = 0) -> bool:
             print("another process works in this folder")
             return False
         status = read_status(folder)
-        if status.state == "finished":
+        if status.over:
             return True
         # Lightning repeats this process's command for further devices. That of a study would start a second one.
         sys.argv = [str(REPO / "framework/ablation/launch/rank.py"), str(folder), f"{task.__module__}:{task.__name__}"]
@@ -75,7 +75,7 @@ def _wait_for_first(folder: Path, job: str) -> bool:
         last = turn(folder)
         if last.job == job:
             return last.alive
-        if last.alive or read_status(folder).state == "finished":
+        if last.alive or read_status(folder).over:
             return False
         time.sleep(0.5)
 
