@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import EllipsisType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -40,6 +41,20 @@ class Features(NamedTuple):
     prefix: Tensor | None = None
     words: Tensor | None = None
     extra: dict[str, Tensor] | None = None
+
+    def replace(
+        self,
+        map: Tensor | EllipsisType = ...,
+        prefix: Tensor | EllipsisType | None = ...,
+        words: Tensor | EllipsisType | None = ...,
+    ) -> Features:
+        """The same features with other parts. (`_replace` does the same, but torch 2.9 cannot compile it.)"""
+        return Features(
+            self.map if isinstance(map, EllipsisType) else map,
+            self.prefix if isinstance(prefix, EllipsisType) else prefix,
+            self.words if isinstance(words, EllipsisType) else words,
+            self.extra,
+        )
 
 
 # Under a serialized name, or torch.export could not save a block that takes or gives Features.

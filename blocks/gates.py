@@ -101,7 +101,7 @@ class SE(Block):
         grid = (map.shape[2], map.shape[3])
         x = tokens(map)
         if prefix is None:
-            return features._replace(map=to_map(self.gate(x), grid))
+            return features.replace(map=to_map(self.gate(x), grid))
         count = prefix.shape[1]
         x = self.gate(torch.cat([prefix, x], dim=1))
-        return features._replace(map=to_map(x[:, count:], grid), prefix=x[:, :count])
+        return features.replace(map=to_map(x[:, count:], grid), prefix=x[:, :count])

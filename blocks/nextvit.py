@@ -218,7 +218,7 @@ class NCB(Block):
         x = tokens(map)
         x = self.mixer_residual(x, self.mixer(x, grid))
         x = self.mlp_residual(x, self.mlp(tokens(self.norm.on_map(to_map(x, grid))), grid))
-        return features._replace(map=to_map(x, grid))
+        return features.replace(map=to_map(x, grid))
 
 
 class NTB(Block):
@@ -296,4 +296,4 @@ class NTB(Block):
         y = self.conv_residual(y, self.conv(y, grid))
         x = torch.cat([x, y], dim=2)
         x = self.mlp_residual(x, self.mlp(tokens(self.norm2.on_map(to_map(x, grid))), grid))
-        return features._replace(map=to_map(x, grid))
+        return features.replace(map=to_map(x, grid))

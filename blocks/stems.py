@@ -45,7 +45,7 @@ class PatchStem(Block):
         map = self.norm.on_map(self.conv(features.map))
         prefix = None if self.prefix is None else self.prefix.expand(map.shape[0], -1, -1)
         map, prefix = self.position(map, prefix)
-        return features._replace(map=self.drop(map), prefix=None if prefix is None else self.drop(prefix))
+        return features.replace(map=self.drop(map), prefix=None if prefix is None else self.drop(prefix))
 
 
 class ConvStem(Block):
@@ -93,4 +93,4 @@ class ConvStem(Block):
         map = features.map
         for layer in self.layers:
             map = layer["act"](layer["norm"].on_map(layer["conv"](map)))  # type: ignore[index, operator]
-        return features._replace(map=self.position(map)[0])
+        return features.replace(map=self.position(map)[0])

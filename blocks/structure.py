@@ -67,7 +67,7 @@ class ClassToken(Block):
         prefix = self.prefix.expand(features.map.shape[0], -1, -1)
         if features.prefix is not None:
             prefix = torch.cat([prefix, features.prefix], dim=1)
-        return features._replace(prefix=prefix)
+        return features.replace(prefix=prefix)
 
 
 class AddPosition(Block):
@@ -92,7 +92,7 @@ class AddPosition(Block):
 
     def forward(self, features: Features) -> Features:
         map, prefix = self.position(features.map, features.prefix)
-        return features._replace(map=self.drop(map), prefix=None if prefix is None else self.drop(prefix))
+        return features.replace(map=self.drop(map), prefix=None if prefix is None else self.drop(prefix))
 
 
 class MakeWords(Block):
@@ -132,7 +132,7 @@ class MakeWords(Block):
         s = self.side
         x = x.view(b, h // s, s, w // s, s, -1).permute(0, 1, 3, 2, 4, 5).reshape(-1, s * s, x.shape[-1])
         words = tokens(self.position(to_map(x, (s, s)))[0])
-        return features._replace(words=words)
+        return features.replace(words=words)
 
 
 class Merge(Block):
@@ -167,7 +167,7 @@ class Merge(Block):
         # Swin's order of the neighbours: down the first column, then down the next.
         x = features.map.permute(0, 2, 3, 1).reshape(b, h // s, s, w // s, s, c)
         x = x.permute(0, 1, 3, 4, 2, 5).reshape(b, -1, s * s * c)
-        return features._replace(map=to_map(self.proj(self.norm(x)), (h // s, w // s)))
+        return features.replace(map=to_map(self.proj(self.norm(x)), (h // s, w // s)))
 
 
 class ConvEmbed(Block):
@@ -203,7 +203,7 @@ class ConvEmbed(Block):
         self.out = replace(site.inp, dim=site.dim, grid=grid)
 
     def forward(self, features: Features) -> Features:
-        return features._replace(map=self.norm.on_map(self.conv(features.map)))
+        return features.replace(map=self.norm.on_map(self.conv(features.map)))
 
 
 class FromModule(Block):
@@ -241,11 +241,11 @@ class FromModule(Block):
     def forward(self, features: Features) -> Features:
         map, prefix = features.map, features.prefix
         if self.layout == "map":
-            return features._replace(map=self.module(map))
+            return features.replace(map=self.module(map))
         grid = (map.shape[2], map.shape[3])
         x: Tensor = tokens(map)
         if prefix is None:
-            return features._replace(map=to_map(self.module(x), grid))
+            return features.replace(map=to_map(self.module(x), grid))
         count = prefix.shape[1]
         x = self.module(torch.cat([prefix, x], dim=1))
-        return features._replace(map=to_map(x[:, count:], grid), prefix=x[:, :count])
+        return features.replace(map=to_map(x[:, count:], grid), prefix=x[:, :count])

@@ -96,7 +96,7 @@ class TNT(Block):
         assert words is not None
         words = tokens(self.inner(Features(to_map(words, self.word_grid))).map)
         map = map + self.project(words, (map.shape[2], map.shape[3]))
-        return self.outer(features._replace(map=map))._replace(words=words)
+        return self.outer(features.replace(map=map)).replace(words=words)
 
 
 def split_patches(images: Tensor, side: int) -> Tensor:
@@ -179,7 +179,7 @@ class SentenceStem(Block):
         prefix = None if self.prefix is None else self.prefix.expand(b, -1, -1)
         x, prefix = self.position(x, prefix)
         x, prefix = self.drop(x), None if prefix is None else self.drop(prefix)
-        return features._replace(map=x, prefix=prefix, words=words)
+        return features.replace(map=x, prefix=prefix, words=words)
 
 
 def patch_grid(who: Block, site: Site, patch: int) -> tuple[int, int]:

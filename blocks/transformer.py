@@ -77,9 +77,9 @@ class Encoder(Block):
         y = self.norm1(x)
         if self.prefix_only:
             x = self.mixer_residual(cast(torch.Tensor, prefix), self.mixer(y, grid, rows=count))
-            return features._replace(prefix=self.mlp_residual(x, self.mlp(self.norm2(x), (0, 0))))
+            return features.replace(prefix=self.mlp_residual(x, self.mlp(self.norm2(x), (0, 0))))
         x = self.mixer_residual(x, self.mixer(y, grid))
         x = self.mlp_residual(x, self.mlp(self.norm2(x), grid))
         if prefix is None:
-            return features._replace(map=to_map(x, grid))
-        return features._replace(map=to_map(x[:, count:], grid), prefix=x[:, :count])
+            return features.replace(map=to_map(x, grid))
+        return features.replace(map=to_map(x[:, count:], grid), prefix=x[:, :count])

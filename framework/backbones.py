@@ -125,9 +125,9 @@ class Composed(Backbone):
             features = block(features)
         norm = cast(Any, self.norm)
         if "map" in self.kept:
-            features = features._replace(map=norm.on_map(features.map))
+            features = features.replace(map=norm.on_map(features.map))
         if features.prefix is not None and "prefix" in self.kept:
-            features = features._replace(prefix=norm(features.prefix))
+            features = features.replace(prefix=norm(features.prefix))
         return features
 
     def pyramid(self, images: Tensor) -> list[Tensor]:

@@ -74,7 +74,7 @@ class _Own(Block):
 
 class _WrongShape(_Own):
     def forward(self, features: Features) -> Features:
-        return features._replace(map=features.map[:, :, 1:])
+        return features.replace(map=features.map[:, :, 1:])
 
 
 class _Halves(_Own):
@@ -85,7 +85,7 @@ class _Halves(_Own):
         self.out = replace(site.inp, dim=site.inp.dim // 2)
 
     def forward(self, features: Features) -> Features:
-        return features._replace(map=features.map[:, : self.out.dim])
+        return features.replace(map=features.map[:, : self.out.dim])
 
 
 class _GivesTensor(_Own):
@@ -95,12 +95,12 @@ class _GivesTensor(_Own):
 
 class _DropsPrefix(_Own):
     def forward(self, features: Features) -> Features:
-        return features._replace(prefix=None)
+        return features.replace(prefix=None)
 
 
 class _Raises(_Own):
     def forward(self, features: Features) -> Features:
-        return features._replace(map=features.map @ features.map.mT[:, :, :3])
+        return features.replace(map=features.map @ features.map.mT[:, :, :3])
 
 
 class _RaisesAtOnce(_Own):

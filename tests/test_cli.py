@@ -110,7 +110,7 @@ MISTAKES: dict[str, tuple[str, list[Any], list[str]]] = {
     "option before another": ("describe", [TNT, "--name", "--seed=1"], ["--name needs a value: --name=…"]),
     "option twice": ("describe", [TNT, "--seed=1", "--seed", "2"], ["--seed is given twice"]),
     "unreadable value": ("describe", [TNT, "--model.backbone={a: 1"], ["--model.backbone: not readable as YAML"]),
-    "unknown command": ("descrbe", [], ["'descrbe'", "did you mean 'describe'?", "allowed: blocks, convert, describe, fit"]),
+    "unknown command": ("descrbe", [], ["'descrbe'", "did you mean 'describe'?", "allowed: blocks, convert, describe"]),
     "unknown timm model": ("describe", [RESNET, "--model.backbone.name=resnet5o"],
         ["model.backbone.name: ", "did you mean 'resnet50'?"]),
     "timm's arguments": ("describe", [RESNET, "--model.backbone.args={foo: 1}"], ["model.backbone: timm", "'foo'"]),
@@ -204,7 +204,7 @@ def test_a_block_with_a_wrong_shape_is_one_line(cli: Cli, tmp_path: Path) -> Non
         "        super().__init__()\n"
         "        self.out = site.inp\n"
         "    def forward(self, features: Features) -> Features:\n"
-        "        return features._replace(map=features.map[:, :, ::2])\n"
+        "        return features.replace(map=features.map[:, :, ::2])\n"
     )
     own = ["--model.backbone.blocks.own=HalfMap", "--model.backbone.pattern=tnt own"]
     message = cli("describe", "--config", TNT, "--plugins", path, *own).error

@@ -479,7 +479,7 @@ class {name}(Block):
         self.out = site.inp
 
     def forward(self, features: Features) -> Features:
-        return features._replace(map=features.map * self.factor)
+        return features.replace(map=features.map * self.factor)
 """
 
 
