@@ -30,6 +30,24 @@ class Task(LightningModule, ABC):
     def example(self, batch: int = 1) -> Tensor:
         """Images of the size that the net was built for, on the net's device."""
 
+    def configure_model(self) -> None:
+        """Under Lightning's ModelParallelStrategy: shards each block, and the rest (FSDP2). Else does nothing."""
+        mesh = self.device_mesh
+        if mesh is None or self._sharded:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        blocks = [block for _, _, block in self.backbone.steps()]
+        # Not the task itself: Lightning calls its training_step, and only a forward brings the parameters together.
+        called = [part for name, part in self.named_children() if name != "objectives"]
+        called += list(getattr(self, "objectives", {}).values())
+        for part in (*blocks, *called):
+            if any(True for _ in part.parameters()):
+                fully_shard(part, mesh=mesh["data_parallel"])
+        self._sharded = True
+
+    _sharded = False  # Lightning calls configure_model for each of its stages
+
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
         cls,

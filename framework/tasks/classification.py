@@ -133,8 +133,10 @@ class Classification(Task):
         return self(batch[0]).softmax(dim=1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        # Lightning does not clip gradients that a fused optimizer unscales by itself.
-        fused = not (self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision))
+        # Lightning does not clip gradients that a fused optimizer unscales by itself; torch has no fused SGD for
+        # sharded parameters.
+        scaled = self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision)
+        fused = not scaled and self.device_mesh is None
         try:
             optimizer = self.optimizer.build(self, fused)
         except ValueError as error:  # torch checks the values here
