@@ -1,5 +1,6 @@
 """Runs: killed and gone on with to the same weights, interrupted with a checkpoint, recorded for TensorBoard."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -134,12 +135,13 @@ def test_all_processes_of_a_run_share_one_new_folder(tmp_path, monkeypatch) -> N
     monkeypatch.setenv("MASTER_PORT", "29500")  # as torchrun starts them, each by itself
     monkeypatch.setenv("RANK", "0")
     with runs.shared_folder(tmp_path, "a") as first:
-        monkeypatch.delenv(runs.HANDED)
+        handed_on = os.environ.pop(runs.HANDED)  # not by monkeypatch, which would put it back at the end
         monkeypatch.setenv("RANK", "1")
         with runs.shared_folder(tmp_path, "a") as second:
             assert first == second == tmp_path / "a" / "1"
-        monkeypatch.setenv(runs.HANDED, str(first))
+        os.environ[runs.HANDED] = handed_on
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["0", "1"]
+    assert runs.HANDED not in os.environ
 
 
 def test_two_processes_do_not_train_in_one_folder(whole: Path, capsys) -> None:
