@@ -1,0 +1,165 @@
+"""The cells of a config, and the folder that is the state of their study."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import yaml
+
+from framework.ablation.grid import Ablation, cells
+from framework.ablation.state import Status, read_status, read_study, write_status, write_text
+from framework.errors import ConfigError
+from tests.studies import document, dump, override, prepared
+
+# The grid
+
+
+def test_cells_come_in_the_order_of_axes_and_seeds():
+    made = cells(document(), override)
+    names = ["none/none", "none/learned", "learned/none", "learned/learned"]
+    assert [(cell.name, cell.seed) for cell in made] == [(name, seed) for name in names for seed in (0, 1)]
+    cell = made[3]
+    assert cell.choices == {"sentence": "none", "word": "learned"}
+    assert cell.folder == "sentence=none,word=learned/seed=1"
+    assert cell.document == {
+        "seed": 1,
+        "name": "pos/sentence=none,word=learned/seed=1",
+        "model": {"position": "NoPosition", "word": "LearnedPosition", "dim": 8},
+    }
+
+
+def test_settings_are_applied_once_per_choice():
+    calls = []
+
+    def counted(document, settings, where):
+        calls.append(where)
+        return override(document, settings, where)
+
+    cells(document(seeds=[0, 1, 2, 3]), counted)
+    words = ["ablation.axes.word.none", "ablation.axes.word.learned"]
+    assert calls == [*words, "ablation.axes.sentence.learned", *words]
+
+
+def test_names_that_are_no_file_names_are_made_so():
+    made = cells(
+        document(name="a b", axes={"lr/x": {"1e-3, big": {}, 8: {"model.dim": 9}}}, baseline={"lr/x": 8}), override
+    )
+    assert [cell.group for cell in made[::2]] == ["lr_x=1e-3_big", "lr_x=8"]
+    assert made[0].name == "1e-3, big"
+    assert made[0].document["name"] == "a_b/lr_x=1e-3_big/seed=0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"axes": {}}, "ablation.axes: nothing varies"),
+        ({"axes": {"word": {}}}, "ablation.axes.word: has no values"),
+        ({"axes": {"word": {True: {}}}}, "ablation.axes.word: YAML reads a name here as True; put it in quotes"),
+        ({"seeds": []}, "ablation.seeds: is empty"),
+        ({"seeds": [3, 4, 3]}, "ablation.seeds: 3 is there twice"),
+        ({"name": "/.."}, None),
+        ({"name": ".."}, "ablation.name: got '..'"),
+        ({"baseline": {"words": "none"}}, "ablation.baseline: there is no axis 'words'; did you mean 'word'?"),
+        (
+            {"baseline": {"word": "lerned"}},
+            "ablation.baseline.word: there is no value 'lerned'; did you mean 'learned'?",
+        ),
+        (
+            {"published": {"source": "x", "rows": {"none/lerned": 80.0}}},
+            "ablation.published.rows: there is no cell 'none/lerned'; did you mean 'none/learned'?",
+        ),
+        (
+            {"axes": {"word": {"a b": {}, "a,b": {}}}, "baseline": {}},
+            "ablation.axes: a b and a,b would share the folder word=a_b",
+        ),
+        (
+            {"axes": {"a": {"x": {"model.dim": 1}}, "b": {"y": {"model.dim": 2}}}, "baseline": {}},
+            "ablation.axes: a and b both set model.dim",
+        ),
+        ({"axes": {"word": {"x": {"model.dims": 1}}}, "baseline": {}}, "ablation.axes.word.x: there is no model.dims"),
+    ],
+)
+def test_mistakes_are_one_line(changes, message):
+    if message is None:
+        assert Ablation.read(document(**changes)).folder == "_.."
+        return
+    with pytest.raises(ConfigError) as caught:
+        cells(document(**changes), override)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+# The folder
+
+
+def test_a_status_is_read_back(tmp_path):
+    status = Status("running", 3, 9, {"val/acc1": 0.5, "loss": float("inf")}, {"params": 12}, "why")
+    write_status(tmp_path, status)
+    assert read_status(tmp_path) == status
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+@pytest.mark.parametrize("text", ["", '{"state": "fin', "[]", "3"])
+def test_what_cannot_be_read_waits(tmp_path, text):
+    assert read_status(tmp_path) == Status("waiting")
+    (tmp_path / "status.json").write_text(text)
+    assert read_status(tmp_path) == Status("waiting")
+
+
+def test_a_writer_that_dies_leaves_the_old_text(tmp_path, monkeypatch):
+    write_status(tmp_path, Status("finished"))
+
+    def die(part, path):
+        assert part.parent == path.parent
+        raise OSError("the machine stops here")
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(OSError, match="stops here"):
+        write_status(tmp_path, Status("running"))
+    assert read_status(tmp_path).state == "finished"
+
+
+def test_a_prepared_folder_holds_the_whole_study(tmp_path):
+    folders = prepared(tmp_path)
+    assert [str(folder.relative_to(tmp_path)) for folder in folders[:2]] == [
+        "sentence=none,word=none/seed=0",
+        "sentence=none,word=none/seed=1",
+    ]
+    assert yaml.safe_load((folders[1] / "config.yaml").read_text())["seed"] == 1
+    about = read_study(tmp_path)
+    assert about["axes"] == {"sentence": ["none", "learned"], "word": ["none", "learned"]}
+    assert about["cells"][1] == {
+        "folder": "sentence=none,word=learned",
+        "choices": {"sentence": "none", "word": "learned"},
+        "params": 8000,
+        "macs": 2_000_000,
+    }
+    with pytest.raises(ConfigError, match="is not the folder of a study"):
+        read_study(tmp_path / "elsewhere")
+
+
+def test_other_configs_in_the_folder_are_refused(tmp_path):
+    folders = prepared(tmp_path)
+    before = (folders[0] / "config.yaml").read_text()
+    write_text(folders[0] / "config.yaml", before + "# a note changes nothing\n")
+    prepared(tmp_path)
+
+    other = yaml.safe_load(before)
+    other["model"].update(dim=4, heads=2, position="x", word="y" * 99)
+    write_text(folders[0] / "config.yaml", dump(other))
+    with pytest.raises(ConfigError) as caught:
+        prepared(tmp_path)
+    assert str(caught.value) == (
+        f"{folders[0]}: was made with another config: model.position: x → NoPosition, "
+        f"model.word: {'y' * 59}… → NoPosition, model.dim: 4 → 8 and 1 more; "
+        "take another ablation.name, or move the folder away"
+    )
+
+
+def test_a_study_may_grow_but_not_change_its_axes(tmp_path):
+    assert len(prepared(tmp_path)) == 8
+    assert len(prepared(tmp_path, seeds=[0, 1, 2])) == 12
+    axes = {"word": document()["ablation"]["axes"]["word"]}
+    with pytest.raises(ConfigError, match=r"has the axes sentence, word, not word; take another ablation\.name"):
+        prepared(tmp_path, axes=axes, baseline={})
