@@ -7,7 +7,7 @@ import pytest
 from framework.ablation.grid import Ablation, applying, cells, selection
 from framework.config import compose
 from framework.errors import ConfigError
-from tests.test_study import override
+from tests.studies import override
 
 AXES = {
     "norm": {"batch": {"model.norm": "BatchNorm"}, "layer": {"model.norm": "LayerNorm"}},

