@@ -91,7 +91,8 @@ def test_repeats_depend_on_seed_and_epoch_alone(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_loader_of_repeats_is_left_alone_by_lightning() -> None:
     data = fake(count=600, repeats=3)
-    data.trainer = SimpleNamespace(world_size=2, global_rank=1)  # type: ignore[assignment]
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(world_size=2, global_rank=1, strategy=strategy)  # type: ignore[assignment]
     loader = data.train_dataloader()
     assert isinstance(loader.sampler, DistributedSampler), "what Lightning does not wrap"
     assert list(loader.sampler) == list(Repeats(540, 3, 2, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,42 @@ import torch
 
 from framework.data.base import PURPOSES, Batch, Image, at_least, hold_out
 from framework.data.memory import MemoryData, resize, square, to_images
+from framework.data.splits import Part
 from framework.errors import ConfigError, suggest
+
+_ORGANS = (
+    "bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver", "lung-left", "lung-right",
+    "pancreas", "spleen",
+)  # fmt: skip
+
+# Classes of MedMNIST's files, which do not say them. Source: INFO in MedMNIST/MedMNIST medmnist/info.py, 3.0.2.
+MEDMNIST = {
+    "pathmnist": (
+        "adipose", "background", "debris", "lymphocytes", "mucus", "smooth muscle", "normal colon mucosa",
+        "cancer-associated stroma", "colorectal adenocarcinoma epithelium",
+    ),
+    "dermamnist": (
+        "actinic keratoses and intraepithelial carcinoma", "basal cell carcinoma", "benign keratosis-like lesions",
+        "dermatofibroma", "melanoma", "melanocytic nevi", "vascular lesions",
+    ),
+    "octmnist": ("choroidal neovascularization", "diabetic macular edema", "drusen", "normal"),
+    "pneumoniamnist": ("normal", "pneumonia"),
+    "retinamnist": ("0", "1", "2", "3", "4"),
+    "breastmnist": ("malignant", "normal, benign"),
+    "bloodmnist": (
+        "basophil", "eosinophil", "erythroblast",
+        "immature granulocytes(myelocytes, metamyelocytes and promyelocytes)", "lymphocyte", "monocyte", "neutrophil",
+        "platelet",
+    ),
+    "tissuemnist": (
+        "Collecting Duct, Connecting Tubule", "Distal Convoluted Tubule", "Glomerular endothelial cells",
+        "Interstitial endothelial cells", "Leukocytes", "Podocytes", "Proximal Tubule Segments",
+        "Thick Ascending Limb",
+    ),
+    "organamnist": _ORGANS,
+    "organcmnist": _ORGANS,
+    "organsmnist": _ORGANS,
+}  # fmt: skip
 
 
 class Npz(MemoryData):
@@ -19,7 +55,8 @@ class Npz(MemoryData):
 
     Images are uint8 `(N, H, W)`, `(N, H, W, C)` or `(N, C, H, W)`, labels whole numbers `(N,)` or `(N, 1)`; an
     array `class_names` may name the classes. Without val_* a stratified tenth of the training images validates;
-    without test_* the validation images test. MedMNIST's 2-D files for one label per image fit as they are.
+    without test_* the validation images test. MedMNIST's 2-D files for one label per image fit as they are, in all of
+    their sizes; their classes are named as published where the file has MedMNIST's name, such as pathmnist_64.npz.
 
     Args:
         path: the file.
@@ -27,13 +64,23 @@ class Npz(MemoryData):
         batch_size: images in a batch, on each device.
         crop: random shift of training images by up to so many pixels.
         flip: whether training images are mirrored at random.
+        split_seed: draws the tenth that validates where the file has no val_*; the same for all runs.
     """
 
-    def __init__(self, path: str, size: int = 0, batch_size: int = 64, crop: int = 0, flip: bool = False) -> None:
-        at_least(0, size=size)
+    def __init__(
+        self,
+        path: str,
+        size: int = 0,
+        batch_size: int = 64,
+        crop: int = 0,
+        flip: bool = False,
+        split_seed: int = 0,
+    ) -> None:
+        at_least(0, size=size, split_seed=split_seed)
         super().__init__(path, batch_size, crop=crop, flip=flip)
         self.path = Path(path).expanduser()
         self.size = size
+        self.split_seed = split_seed
 
     @property
     def image(self) -> Image:
@@ -42,9 +89,8 @@ class Npz(MemoryData):
 
     @cached_property
     def num_classes(self) -> int:
-        most = max(int(self._labels(split).max()) for split in self._stored) + 1
-        names = self._names
-        if names and most > len(names):
+        most, names = self._most, self._names
+        if most > len(names) > 0:
             raise self._error(f"class_names has {len(names)} names, but there are labels up to {most - 1}")
         return len(names) or most
 
@@ -54,15 +100,22 @@ class Npz(MemoryData):
 
     def read(self, split: str) -> Batch:
         size, _ = self._layout
-        held = "val" not in self._stored
+        part = self.part(split)
+        images = self._array(f"{part.source}_images")
+        if part.indices is not None:
+            images = images[part.indices]
+        return resize(to_images(images), self.size or size), torch.from_numpy(part.labels)
+
+    def part(self, split: str) -> Part:
         if split == "test" and "test" not in self._stored:
             split = "val"
+        held = "val" not in self._stored
         stored = "train" if split == "val" and held else split
-        images, labels = self._array(f"{stored}_images"), self._labels(stored)
+        labels, indices = self._labels(stored), None
         if held and stored == "train":
-            indices = hold_out(labels)[split == "val"]
-            images, labels = images[indices], labels[indices]
-        return resize(to_images(images), self.size or size), torch.from_numpy(labels)
+            indices = hold_out(labels, self.split_seed)[split == "val"]
+            labels = labels[indices]
+        return Part(stored, len(labels), labels, indices)
 
     def _error(self, message: str) -> ConfigError:
         return ConfigError(f"data.path: {self.path}: {message}")
@@ -134,7 +187,8 @@ class Npz(MemoryData):
         if dtype.kind not in "iu":
             raise self._error(f"{labels} has type {dtype}, must be integers")
         if shape[1:] not in ((), (1,)) or not shape:
-            raise self._error(f"{labels} has shape {shape}, must be (N,) or (N, 1): one class for each image")
+            several = f"; {shape[1]} labels for one image are another task, multi-label" if len(shape) == 2 else ""
+            raise self._error(f"{labels} has shape {shape}, must be (N,) or (N, 1): one class for each image{several}")
         if shape[0] != count:
             raise self._error(f"{shape[0]} {labels}, but {count} {images}; there must be as many")
 
@@ -147,4 +201,13 @@ class Npz(MemoryData):
 
     @cached_property
     def _names(self) -> list[str]:
-        return [str(name) for name in self._array("class_names")] if "class_names" in self._headers else []
+        if "class_names" in self._headers:
+            return [str(name) for name in self._array("class_names")]
+        published = MEDMNIST.get(re.sub(r"_(64|128|224)$", "", self.path.stem), ())
+        # Somebody's own file may have such a name.
+        return list(published) if self._most <= len(published) else []
+
+    @cached_property
+    def _most(self) -> int:
+        """One more than the highest label."""
+        return max(int(self._labels(split).max()) for split in self._stored) + 1

@@ -8,6 +8,7 @@ the same data as the one that it is compared with.
 from __future__ import annotations
 
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,12 +23,13 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler
 
+from framework.data.splits import Part
 from framework.errors import ConfigError
 
 Batch = tuple[Tensor, Tensor]
 
 # What the random streams are for: the first part of `seed_of`.
-ORDER, AUGMENT, MIX, ERASE = 0, 1, 2, 3
+ORDER, AUGMENT, MIX, ERASE, REPLACE = 0, 1, 2, 3, 4
 
 PURPOSES = {"train": "training", "val": "validation", "test": "testing"}
 
@@ -51,10 +53,10 @@ def seed_of(stream: int, *parts: int) -> int:
     return int(np.random.SeedSequence((stream, run, *parts)).generate_state(1, np.uint64)[0])
 
 
-def hold_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of nine tenths to train on and of a stratified tenth to validate on: the same ones for every seed."""
+def hold_out(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of nine tenths to train on and of a stratified tenth to validate on: the same ones for every run."""
     # RandomState: unlike the newer generators, its numbers never change between versions of numpy.
-    mixed = np.random.RandomState(0).permutation(len(labels))
+    mixed = np.random.RandomState(seed).permutation(len(labels))
     by_class = mixed[np.argsort(labels[mixed], kind="stable")]
     held = by_class[::10]
     return np.setdiff1d(by_class, held), np.sort(held)
@@ -150,13 +152,35 @@ class ImageSet(Dataset[Batch], ABC):
         An image is drawn anew for each round: an epoch, or one of several repetitions in an epoch.
         """
 
+    def labels(self) -> Tensor | None:
+        """The int64 targets of all images `(N,)`, where they can be had without reading the images."""
+        return None
+
+    def plain(self) -> ImageSet:
+        """The same images as they are for validation: nothing is drawn."""
+        return self
+
+    def near(self, device: torch.device) -> ImageSet:
+        """This set, with its batches made on `device` where that is worth it."""
+        return self
+
+    def unread(self) -> int:
+        """How many of the images could not be read up to now."""
+        return 0
+
     def __getitems__(self, keys: list[int]) -> Batch:
-        pixels, targets = self.pixels([key // len(self) for key in keys], [key % len(self) for key in keys])
+        count = len(self)  # asked once: a tensor takes longer to tell than to index
+        pixels, targets = self.pixels([key // count for key in keys], [key % count for key in keys])
         return pixels.float().sub_(255 * self.mean[:, None, None]).div_(255 * self.std[:, None, None]), targets
 
     def __getitem__(self, key: int) -> Batch:
         images, targets = self.__getitems__([key])
         return images[0], targets[0]
+
+
+def own_line(error: ConfigError) -> str:
+    """The one line of an error, without the worker process and the traceback that torch puts round it."""
+    return str(error).rstrip().rpartition("ConfigError: ")[2]
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -190,9 +214,17 @@ class Loader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self.done = self._index_sampler.skip
-        for batch in super().__iter__():
-            self.done += 1
-            yield batch
+        batches: Any = super().__iter__()
+        try:
+            for batch in batches:
+                self.done += 1
+                if len(batch[1]):  # none where no picture of a batch can be read
+                    yield batch
+        except ConfigError as error:
+            if self.num_workers:  # else the garbage collector does it, where torch may wait for 5 seconds each
+                batches._shutdown_workers()
+                self._iterator = None
+            raise ConfigError(own_line(error)) from None
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": getattr(self._order, "epoch", 0), "done": self.done}
@@ -248,6 +280,15 @@ class ImageData(LightningDataModule, ABC):
     def build(self, split: str) -> ImageSet:
         """The images of `split`: train, val or test."""
 
+    def part(self, split: str) -> Part | None:
+        """Where the images of `split` come from, without reading them; None where the data does not say."""
+        return None
+
+    def teardown(self, stage: str) -> None:
+        for split, images in self._splits.items():
+            if bad := images.unread():
+                print(f"data: {bad} of {len(images)} images for {PURPOSES[split]} could not be read", file=sys.stderr)
+
     def split(self, split: str) -> ImageSet:
         """The images of `split`: train, val or test; built once. Raises ConfigError where there are none."""
         if split not in self._splits:
@@ -263,14 +304,15 @@ class ImageData(LightningDataModule, ABC):
         pixels, targets = images.__getitems__(list(Order(len(images)))[:n])
         return (pixels * images.std[:, None, None] + images.mean[:, None, None]).clamp(0, 1), targets
 
+    def order(self, images: ImageSet, devices: int, rank: int) -> Order | DistributedSampler[int]:
+        """The order of the training images. Lightning shares one out over the devices, but no DistributedSampler."""
+        return Repeats(len(images), self.repeats, devices, rank) if self.repeats > 1 else Order(len(images))
+
     def train_dataloader(self) -> DataLoader[Batch]:
         images = self.split("train")
         devices, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        order: Sampler[int] = Order(len(images))
-        share = len(images) // devices
-        if self.repeats > 1:
-            order = Repeats(len(images), self.repeats, devices, rank)
-            share = len(order)
+        order = self.order(images, devices, rank)
+        share = len(order) // devices if isinstance(order, Order) else len(order)
         # A set that fills no second batch keeps its rest, or there might be no batch at all.
         return self._loader(images, order, drop_last=share // self.batch_size > 1)
 
@@ -280,8 +322,14 @@ class ImageData(LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self.split("test"))
 
+    def plain_dataloader(self, split: str) -> DataLoader[Batch]:
+        """All images of `split`, in their order and without augmentation."""
+        return self._loader(self.split(split).plain())
+
     def _loader(self, images: ImageSet, sampler: Sampler[int] | None = None, drop_last: bool = False) -> DataLoader:
         workers = self.workers if images.slow else 0
+        if self.trainer:
+            images = images.near(self.trainer.strategy.root_device)
         return Loader(
             images,
             batch_size=self.batch_size,
@@ -290,7 +338,7 @@ class ImageData(LightningDataModule, ABC):
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and images.mean.device.type == "cpu",
             # Its own: every iterator draws a seed, and a resumed run makes them at other moments.
             generator=torch.Generator().manual_seed(0),
         )

@@ -9,6 +9,7 @@ import torch
 
 from framework.data.base import Batch, Image, at_least
 from framework.data.memory import MemoryData, resize
+from framework.data.splits import Part
 
 
 class Digits(MemoryData):
@@ -46,6 +47,12 @@ class Digits(MemoryData):
         rest, test = train_test_split(np.arange(len(labels)), test_size=300, stratify=labels, random_state=0)
         train, val = train_test_split(rest, test_size=300, stratify=labels[rest], random_state=0)
         return {"train": train, "val": val, "test": test}
+
+    def part(self, split: str) -> Part:
+        from sklearn.datasets import load_digits
+
+        indices = self._indices[split]
+        return Part("all", len(indices), load_digits().target[indices], indices)
 
     def read(self, split: str) -> Batch:
         from sklearn.datasets import load_digits

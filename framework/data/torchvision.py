@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from framework.data.augment import drawing_from, rand_augment
-from framework.data.base import AUGMENT, ERASE, Batch, Image, ImageSet, at_least, hold_out, seed_of
-from framework.data.memory import MemoryData, resize, square, statistics, to_images
+from framework.data.base import Batch, Image
+from framework.data.memory import resize, square, to_images
+from framework.data.picture_data import PictureData
+from framework.data.pictures import SMALL, read_picture
+from framework.data.sources import labels_of, names_of, some, sort_files
 from framework.errors import ConfigError, suggest
 
 # Size (0: the images differ), channels and classes, so that a net can be planned before the files are there.
@@ -41,14 +43,8 @@ KNOWN = {
     "Places365": (0, 3, 365),
     "Imagenette": (0, 3, 10),
     "ImageNet": (0, 3, 1000),
+    "INaturalist": (0, 3, 10000),
 }
-
-# Up to this size images are shifted and may live in memory; above it they are cut and scaled (DeiT's protocol).
-SMALL = 64
-
-# ImageNet's statistics, by channels; the grey ones are those of its luminance.
-MEAN = {3: (0.485, 0.456, 0.406), 1: (0.449,)}
-STD = {3: (0.229, 0.224, 0.225), 1: (0.226,)}
 
 # What a constructor's argument for the split is called, and the values that sets give it; the first that fits wins.
 SWITCHES = ("train", "split", "version")
@@ -58,68 +54,14 @@ VALUES: dict[str, tuple[str, ...]] = {
     "test": ("test",),
 }
 
+# INaturalist's versions to train on that 2021_valid is no part of.
+APART = ("2021_train", "2021_train_mini")
+
 # Arguments of the sets that are not for `args`.
-OURS = ("self", "root", "download", "transform", "target_transform", "transforms", "args", "kwargs")
+OURS = ("self", "root", "download", "transform", "target_transform", "transforms", "loader", "args", "kwargs")
 
 
-class PictureSet(ImageSet):
-    """Some pictures of a torchvision data set. One's draws depend on the run's seed, the round and its index.
-
-    Args:
-        source: gives a PIL image and a class number for an index.
-        indices: which of them.
-        image: the size and channels to give.
-        transform: from a PIL image to a uint8 tensor; it draws from the global generators.
-        mean: of each channel.
-        std: of each channel.
-        erase_prob: probability that a rectangle of an image becomes noise.
-    """
-
-    slow = True
-
-    def __init__(
-        self,
-        source: Any,
-        indices: np.ndarray,
-        image: Image,
-        transform: Any,
-        mean: Tensor,
-        std: Tensor,
-        erase_prob: float = 0.0,
-    ) -> None:
-        super().__init__(mean, std)
-        self.source = source
-        self.indices = indices
-        self.mode = "L" if image.channels == 1 else "RGB"
-        self.transform = transform
-        self.erase_prob = erase_prob
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def pixels(self, rounds: list[int], indices: list[int]) -> Batch:
-        pictures, targets = zip(*map(self._one, rounds, indices), strict=True)
-        return torch.stack(pictures), torch.tensor(targets)
-
-    def _one(self, number: int, index: int) -> tuple[Tensor, int]:
-        picture, target = self.source[int(self.indices[index])]
-        with drawing_from(seed_of(AUGMENT, number, index)):
-            return self.transform(picture.convert(self.mode)), int(target)
-
-    def __getitems__(self, keys: list[int]) -> Batch:
-        images, targets = super().__getitems__(keys)
-        if self.erase_prob:
-            from timm.data.random_erasing import RandomErasing
-
-            # Behind the normalisation: the noise is that of normalised images.
-            erase = RandomErasing(self.erase_prob, mode="pixel", device="cpu")
-            for key, image in zip(keys, images, strict=True):
-                with drawing_from(seed_of(ERASE, *divmod(key, len(self)))):
-                    erase(image)
-        return images, targets
-
-
-class Torchvision(MemoryData):
+class Torchvision(PictureData):
     """A data set of torchvision, by its class name.
 
     Where a set has no validation split, a stratified tenth of its training images validates; where it has no test
@@ -140,6 +82,9 @@ class Torchvision(MemoryData):
         erase_prob: probability that a rectangle of a training image becomes noise, as in timm.
         repeats: how often a training image comes in an epoch, each time with draws of its own; an epoch then has as
             many fewer of them (repeated augmentation, arXiv 1901.09335).
+        bad_files: how many pictures of a split may be unreadable; in training others take their place, else they are
+            left out.
+        split_seed: draws the tenth that validates where a set has no validation split; the same for all runs.
         args: further arguments of the class, such as `{split: letters}` for EMNIST.
     """
 
@@ -156,21 +101,17 @@ class Torchvision(MemoryData):
         auto_augment: str = "",
         erase_prob: float = 0.0,
         repeats: int = 1,
+        bad_files: int = 10,
+        split_seed: int = 0,
         args: dict[str, Any] = {},  # noqa: B006 (only read)
     ) -> None:
-        at_least(0, size=size)
-        super().__init__(dataset, batch_size, workers, crop, flip, repeats)
-        if not 0 <= erase_prob <= 1:
-            raise ConfigError(f"data.erase_prob: got {erase_prob}, must be 0 to 1")
+        super().__init__(
+            dataset, size, batch_size, workers, crop, flip, auto_augment, erase_prob, repeats, bad_files, split_seed
+        )
         self.dataset = dataset
         self.root = Path(root).expanduser()
-        self.size = size
         self.download = download
-        self.auto_augment = auto_augment
-        self.erase_prob = erase_prob
         self.args = args
-        if auto_augment:
-            rand_augment(auto_augment, SMALL, MEAN[3])  # a wrong one is an error here, not when training starts
         self._opened: dict[str, Any] = {}
         if dataset not in KNOWN:
             _ = self._class  # a name that does not exist is an error here, not when training starts
@@ -189,7 +130,7 @@ class Torchvision(MemoryData):
     @cached_property
     def class_names(self) -> list[str]:
         # ImageNet gives a tuple of synonyms for a class.
-        names = [name if isinstance(name, str) else name[0] for name in _names(self._open("train"))]
+        names = [name if isinstance(name, str) else name[0] for name in names_of(self._open("train"))]
         return names or [str(label) for label in range(self.num_classes)]
 
     def prepare_data(self) -> None:
@@ -200,21 +141,9 @@ class Torchvision(MemoryData):
 
     def read(self, split: str) -> Batch:
         source, indices = self._part(split)
-        labels = _labels(source)
+        labels = labels_of(source)
         assert labels is not None, "a set without labels is not read in memory"
         return resize(to_images(source.data)[indices], self.image.size), torch.from_numpy(labels[indices])
-
-    def build(self, split: str) -> ImageSet:
-        train = split == "train"
-        drawn = train and bool(self.auto_augment or self.erase_prob)
-        if self._in_memory and not drawn:
-            return super().build(split)
-        channels = self.image.channels
-        mean, std = torch.tensor(MEAN[channels]), torch.tensor(STD[channels])
-        if self._in_memory:
-            mean, std = statistics(self.read(split)[0])
-        transform = self._transform(train, tuple(mean.tolist()))
-        return PictureSet(*self._part(split), self.image, transform, mean, std, self.erase_prob if train else 0.0)
 
     @cached_property
     def _class(self) -> Any:
@@ -243,7 +172,7 @@ class Torchvision(MemoryData):
         train = split == "train"
         if switch in self.args and train:
             return [{}]
-        if switch in self.args and split == "val":
+        if switch in self.args and split == "val" and str(self.args[switch]) not in APART:
             return []  # it may overlap with the split that `args` names
         if switch == "train":
             return [{"train": train}] if split != "val" else []
@@ -277,6 +206,8 @@ class Torchvision(MemoryData):
             common["download"] = self.download
         elif self.download:
             raise ConfigError(f"data.download: torchvision cannot fetch {self.dataset}; set download: false")
+        if "loader" in self._parameters:
+            common["loader"] = read_picture
         for choice in self._choices(split):
             try:
                 source = self._class(**{**common, **choice})
@@ -288,9 +219,11 @@ class Torchvision(MemoryData):
                 if isinstance(error, TypeError) or "for argument" in why:
                     raise ConfigError(f"data.args: {self.dataset}: {why}") from error
                 raise self._not_found(why) from error
-            if split == "test" and len(source) and source[0][1] is None:
+            sort_files(source)
+            first = some(source, self.dataset, range(min(len(source), self.bad_files + 1)), 1) if len(source) else []
+            if split == "test" and first and first[0][1] is None:
                 return None  # its labels are not public
-            self._check(source, split)
+            self._check(source, split, first)
             return source
         if split == "train":
             raise ConfigError(f"data.dataset: {self.dataset} has no split to train on that is known here")
@@ -303,35 +236,23 @@ class Torchvision(MemoryData):
         can = " or set download: true" if "download" in self._parameters else ""
         return ConfigError(f"data.root: no {self.dataset} under {self.root}; put it there{can}{why}")
 
-    def _check(self, source: Any, split: str) -> None:
+    def _check(self, source: Any, split: str, first: list[tuple[Any, Any]]) -> None:
         """Raises ConfigError where these are not images with one class each, or classes differ from train's."""
         from PIL.Image import Image as Picture
 
-        if not len(source):
+        if not first:
             return  # the caller's `split` has the message
-        picture, target = source[0]
+        picture, target = first[0]
         if not isinstance(picture, Picture) or not isinstance(target, int | np.integer):
             raise ConfigError(
                 f"data.dataset: {self.dataset} is not for image classification: it gives "
                 f"({type(picture).__name__}, {type(target).__name__}), must be an image and a class number"
             )
-        if split != "train" and (differ := set(_names(source)) ^ set(_names(self._open("train")))):
+        if split != "train" and (differ := set(names_of(source)) ^ set(names_of(self._open("train")))):
             raise ConfigError(
                 f"data.root: train and {split} have different classes under {self.root}: "
                 f"only one of them has {', '.join(sorted(map(str, differ))[:5])}"
             )
-
-    def _part(self, split: str) -> tuple[Any, np.ndarray]:
-        """The set in which a split lies, and its indices there."""
-        source = self._open(split)
-        if split == "test":
-            return self._part("val") if source is None else (source, np.arange(len(source)))
-        if source is not None and self._open("val") is not None:
-            return source, np.arange(len(source))
-        train = self._open("train")
-        labels = _labels(train)
-        rest, held = hold_out(np.zeros(len(train)) if labels is None else labels)
-        return train, rest if split == "train" else held
 
     @cached_property
     def _facts(self) -> tuple[int, int, int]:
@@ -339,25 +260,23 @@ class Torchvision(MemoryData):
         if self.dataset in KNOWN and not self.args:
             return KNOWN[self.dataset]
         source = self._open("train")
-        if not len(source):
-            raise ConfigError(f"data: {self.source} has no images for training")
-        pictures = [source[index][0] for index in np.linspace(0, len(source) - 1, min(len(source), 8)).astype(int)]
-        sizes = sorted({picture.size for picture in pictures})
-        if not self.size and (len(sizes) > 1 or sizes[0][0] != sizes[0][1]):
-            shown = ", ".join(f"{height}×{width}" for width, height in sizes[:3])
-            raise ConfigError(
-                f"data.size: the images of {self.dataset} do not share one square size ({shown}); give one, such as 224"
-            )
-        channels = 1 if all(picture.mode in ("1", "L") for picture in pictures) else 3
-        return sizes[0][0], channels, self._count(source)
+        return *self._look(self._made_rgb), self._count(source)
+
+    @property
+    def _made_rgb(self) -> bool:
+        """Whether torchvision makes all of the set's pictures RGB, which we read as they are stored."""
+        from torchvision.datasets.folder import default_loader
+
+        loader = self._parameters.get("loader")
+        return self.dataset in ("OxfordIIITPet", "GTSRB") or (loader is not None and loader.default is default_loader)
 
     def _count(self, source: Any) -> int:
         """The number of classes."""
-        if names := _names(source):
+        if names := names_of(source):
             return len(names)
         if isinstance(count := getattr(source, "num_classes", None), int):
             return count
-        labels = _labels(source)
+        labels = labels_of(source)
         if labels is None:
             raise ConfigError(f"data.dataset: {self.dataset} does not say how many classes it has")
         return int(labels.max()) + 1
@@ -371,44 +290,5 @@ class Torchvision(MemoryData):
             and isinstance(data, np.ndarray | Tensor)
             and data.dtype in (np.uint8, torch.uint8)
             and square(tuple(data.shape)) is not None
-            and _labels(source) is not None
+            and labels_of(source) is not None
         )
-
-    def _transform(self, train: bool, mean: tuple[float, ...]) -> Any:
-        from torchvision.transforms import InterpolationMode, v2
-
-        size, cubic = self.image.size, InterpolationMode.BICUBIC
-        steps: list[Any]
-        if size <= SMALL:
-            steps = [v2.Resize(size, cubic), v2.CenterCrop(size)]
-            if train and self.crop:
-                steps.append(v2.RandomCrop(size, padding=self.crop))
-        elif train:
-            steps = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=cubic)]
-        else:
-            steps = [v2.Resize(int(size / 0.875), cubic), v2.CenterCrop(size)]
-        if train and self.flip:
-            steps.append(v2.RandomHorizontalFlip())
-        if train and self.auto_augment:
-            steps.append(rand_augment(self.auto_augment, size, mean))
-        return v2.Compose([*steps, v2.PILToTensor()])
-
-
-def _names(source: Any) -> list[Any]:
-    """The names of its classes, where a torchvision set has them."""
-    for name in ("classes", "categories", "all_categories"):
-        if found := getattr(source, name, None):
-            return list(found)
-    return []
-
-
-def _labels(source: Any) -> np.ndarray | None:
-    """All class numbers of a torchvision set, where they can be had without reading images."""
-    for name in ("targets", "labels", "_labels", "y", "_samples"):
-        found = getattr(source, name, ())
-        if name == "_samples":
-            found = [label for _, label in found]
-        labels = np.asarray(found)
-        if labels.shape == (len(source),) and labels.dtype.kind in "iu":
-            return labels.astype(np.int64)
-    return None
