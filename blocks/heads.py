@@ -31,6 +31,14 @@ class Head(nn.Module, ABC):
         """The logits of each classifier, which may learn from different terms: class token, distillation token."""
         return (self(features),)
 
+    def pooled(self, features: Features) -> Tensor:
+        """What its classifiers read of the features, `(B, n)`: what a probe of a frozen backbone measures.
+
+        Raises:
+            BuildError: this head does not tell.
+        """
+        raise BuildError(f"model.head: {type(self).__name__} does not tell what it reads; give it a method `pooled`")
+
     def need_prefix(self, shape: Shape, count: int) -> None:
         """Raises BuildError where fewer than `count` prefix tokens come in."""
         if shape.prefix < count:
@@ -57,9 +65,12 @@ class ClassTokenHead(Head):
         self.need_prefix(shape, 1)
         self.fc = linear(shape.dim, num_classes)
 
-    def forward(self, features: Features) -> Tensor:
+    def pooled(self, features: Features) -> Tensor:
         assert features.prefix is not None
-        return self.fc(features.prefix[:, 0])
+        return features.prefix[:, 0]
+
+    def forward(self, features: Features) -> Tensor:
+        return self.fc(self.pooled(features))
 
 
 class AveragePoolHead(Head):
@@ -79,8 +90,11 @@ class AveragePoolHead(Head):
         self.drop = nn.Dropout(drop)
         self.fc = linear(shape.dim, num_classes)
 
+    def pooled(self, features: Features) -> Tensor:
+        return features.map.mean((2, 3))
+
     def forward(self, features: Features) -> Tensor:
-        return self.fc(self.drop(features.map.mean((2, 3))))
+        return self.fc(self.drop(self.pooled(features)))
 
 
 class DistilledHead(Head):
@@ -103,6 +117,10 @@ class DistilledHead(Head):
         self.need_prefix(shape, 2)
         self.fc = linear(shape.dim, num_classes)
         self.fc_dist = linear(shape.dim, num_classes)
+
+    def pooled(self, features: Features) -> Tensor:
+        assert features.prefix is not None
+        return features.prefix[:, :2].flatten(1)
 
     def forward(self, features: Features) -> Tensor:
         by_class, by_distillation = self.each(features)

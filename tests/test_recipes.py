@@ -23,11 +23,19 @@ EMA = "lightning.pytorch.callbacks.EMAWeightAveraging"
 VALUES: dict[str, tuple[Any, ...]] = {
     "deit": (1e-3, 0.05, 0.1, 5, 1e-5, 300, 128, 3, 0.25, 0.99996, None),
     "finetune_384": (5e-6, 1e-8, 0.1, 5, 5e-6, 30, 64, 3, 0.25, 0.99996, None),
+    "linear_probe": (4e-3, 0.0, 0.1, 0, 0.0, 100, 128, 1, 0.0, None, None),
     "next_vit": (2e-3, 0.1, 0.1, 20, 1e-5, 300, 256, 1, 0.25, None, 5.0),
     "small": (1e-3, 0.05, 0.1, 1.5, 1e-5, 30, 128, 1, 0.0, None, None),
     "tnt": (1e-3, 0.05, 0.1, 5, 1e-5, 310, 128, 3, 0.25, 0.99996, None),
 }
-NETS = {"deit": "deit_ti", "finetune_384": "deit_s", "next_vit": "next_vit_s", "small": "deit_ti", "tnt": "tnt_s"}
+NETS = {
+    "deit": "deit_ti",
+    "finetune_384": "deit_s",
+    "linear_probe": "deit_s",
+    "next_vit": "next_vit_s",
+    "small": "deit_ti",
+    "tnt": "tnt_s",
+}
 TINY: dict[str, dict[str, Any]] = {
     "deit_ti": {"dim": 24, "pattern": "enc*2", "stem.patch": 8},
     "deit_s": {"dim": 24, "pattern": "enc*2", "stem.patch": 8},
@@ -59,6 +67,10 @@ def test_a_recipe_has_the_numbers_of_its_source(name: str) -> None:
     ) == VALUES[name]  # fmt: skip
     if name == "small":
         assert (data["dataset"], data["size"]) == ("CIFAR10", 32)
+        return
+    if name == "linear_probe":
+        assert (model["freeze"], optimizer["momentum"], optimizer["nesterov"]) == ("backbone", 0.9, False)
+        assert (schedule["shifted"], data.get("auto_augment", ""), "mix" in model) == (False, "", False)
         return
     assert data["auto_augment"] == "rand-m9-mstd0.5-inc1"
     assert data["size"] == (384 if name == "finetune_384" else 224)
@@ -123,6 +135,8 @@ def test_a_recipe_takes_steps(name: str, photos: Path, tmp_path: Path, monkeypat
     assert trainer.global_step == 6
     assert set(watch.shapes) == {(12, 3, size, size), (6, 3, size, size)}, "to train and to evaluate"
     moved = [name for name, value in watch.before.items() if not torch.equal(value, watch.after[name])]
-    assert len(moved) > 0.9 * len(watch.before)
+    learns = [key for key in watch.before if name != "linear_probe" or key.startswith("head.")]
+    assert len(moved) > 0.9 * len(learns)
+    assert set(moved) <= set(learns)
     assert trainer.callback_metrics["train/loss"].isfinite()
     assert 0 <= trainer.callback_metrics["val/acc1"] <= 1

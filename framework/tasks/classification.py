@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from contextlib import nullcontext
+from typing import Any, Literal, Self, cast
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -35,6 +36,8 @@ class Classification(Task):
         objectives: the loss terms by name, cross-entropy alone by default; they are added up with their weights.
         optimizer: how weights are updated.
         schedule: how the learning rate changes.
+        freeze: what is not trained: the backbone stays as its weights are, in eval mode (batch statistics kept, no
+            dropout, no drop path) and without gradients; the head and the loss terms learn.
 
     Raises:
         BuildError: the parts do not fit together.
@@ -50,6 +53,7 @@ class Classification(Task):
         objectives: dict[str, Objective] = {},  # noqa: B006 (read only)
         optimizer: Optimizer = AdamW(),
         schedule: Schedule = Cosine(),
+        freeze: Literal["none", "backbone"] = "none",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -63,6 +67,9 @@ class Classification(Task):
             term.setup(self)
         self.backbone.keep(self.read_parts())
         self.mix, self.optimizer, self.schedule = mix, optimizer, schedule
+        self.frozen = freeze == "backbone"
+        if self.frozen:
+            self.backbone.requires_grad_(False).eval()
         top5 = min(5, num_classes)
         self.metrics = nn.ModuleDict(
             {
@@ -76,6 +83,12 @@ class Classification(Task):
     def terms(self) -> dict[str, Objective]:
         """The loss terms by name."""
         return {name: cast(Objective, term) for name, term in self.objectives.items()}
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -92,6 +105,10 @@ class Classification(Task):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))
 
+    def pooled(self, images: Tensor) -> Tensor:
+        """The features `(B, n)` that the head's classifiers read. Raises BuildError where the head does not tell."""
+        return self.head.pooled(self.backbone(images))
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, targets = self.mix(*batch, self.num_classes, self.trainer.fit_loop.total_batch_idx)
         step, terms = self._step(images, targets), self.terms
@@ -105,7 +122,8 @@ class Classification(Task):
         return loss
 
     def _step(self, images: Tensor, targets: Tensor) -> Step:
-        features = self.backbone(images)
+        with torch.no_grad() if self.frozen else nullcontext():
+            features = self.backbone(images)
         first, *others = each = self.head.each(features)
         logits = torch.stack(each).mean(dim=0) if others else first
         apart = any(term.token == "distillation" for term in self.terms.values())
