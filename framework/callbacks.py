@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from framework.ablation.state import Status, read_status, write_status, write_text
+from framework.checkpoints import KEY, Kept
 
 MINUTES_BETWEEN_CHECKPOINTS = 10
 
@@ -195,6 +196,20 @@ class Checkpoints(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._release()
+
+
+class Keep(Callback):
+    """Puts into every checkpoint what it takes to use it alone.
+
+    Args:
+        kept: that.
+    """
+
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[KEY] = self.kept.plain()
 
 
 class RandomState(Callback):

@@ -19,6 +19,7 @@ examples:
   python cli.py fit --config experiments/ablation_pos.yaml --launcher=Slurm --launcher.partition=gpu --launcher.gpus=1
   python cli.py plan --config experiments/ablation_hybrid.yaml    what a study would train
   python cli.py describe --config experiments/zoo/next_vit_s.yaml params, MACs, levels, one line for each block
+  python cli.py predict --ckpt_path best.ckpt --images photos/    class names and probabilities, as CSV
   python cli.py blocks NTB                                        arguments, defaults and source of a class
 
 Everything in a config can be set by its dotted path: --model.backbone.stages.s3.pattern='ncb*10'.
@@ -73,9 +74,26 @@ def parser() -> Parser:
     for name, split in (("validate", "validation"), ("test", "test")):
         command = add(name, "run", f"measure a checkpoint on the {split} set")
         command.add_argument("--ckpt_path", metavar="FILE", help="the weights (default: last.ckpt of the run folder)")
-    predict = add("predict", "run", "write the class probabilities of the test set as CSV")
+    predict = add("predict", "run", "write the class probabilities of pictures, or of the test set, as CSV or JSON")
     predict.add_argument("--ckpt_path", metavar="FILE", help="the weights (default: last.ckpt of the run folder)")
-    predict.add_argument("--out", metavar="FILE", help="the CSV file (default: predictions.csv beside the checkpoint)")
+    predict.add_argument(
+        "--images", nargs="+", action="extend", metavar="PATH",
+        help="pictures: files, folders with all that is below them, or patterns such as 'photos/*.jpg' "
+        "(default: the test set)",
+    )  # fmt: skip
+    predict.add_argument(
+        "--out", metavar="FILE", help="the .csv or .json file (default: predictions.csv beside the checkpoint)"
+    )
+    predict.add_argument("--top", type=int, metavar="K", help="only the K likeliest classes of each picture")
+    export = add("export", "export", "write the net as a program of torch.export (.pt2) or as ONNX (.onnx)")
+    export.add_argument("--ckpt_path", metavar="FILE", help="the weights (default: last.ckpt of the run folder)")
+    export.add_argument("--out", required=True, metavar="FILE", help="the file to write, .pt2 or .onnx")
+    export.add_argument("--batch", type=int, metavar="N", help="for batches of N images alone (default: of any size)")
+    probe = add("probe", "probe", "measure the features of a frozen backbone: k-NN and a linear classifier")
+    probe.add_argument("--ckpt_path", metavar="FILE", help="the weights (default: last.ckpt of the run folder)")
+    probe.add_argument("--k", metavar="K,…", help="numbers of neighbours (default: 10,20,100,200)")
+    probe.add_argument("--out", metavar="FOLDER", help="where probe.json goes (default: beside the checkpoint)")
+    probe.add_argument("--json", action="store_true", help="as JSON")
     plan = add("plan", "study", "build every cell of a study and print what would be trained")
     plan.add_argument("--runs", default="runs", metavar="FOLDER", help="where run folders go (default: runs)")
     plan.add_argument("--no-probe", action="store_true", help="do not time a few steps of each cell")
@@ -85,7 +103,15 @@ def parser() -> Parser:
     report.add_argument("--watch", action="store_true", help="print it again and again until all runs are over")
     add_only(report, "print only")
     describe = add("describe", "show", "params, MACs, levels, and one line for each block of a net")
+    describe.add_argument("--ckpt_path", metavar="FILE", help="a checkpoint, in place of a config")
     describe.add_argument("--json", action="store_true", help="as JSON")
+    data = add("data", "data", "class counts, means, bad files, and a sheet of augmented images")
+    data.add_argument("--out", metavar="FOLDER", help="where to write (default: runs/<name>-data)")
+    data.add_argument(
+        "--samples", type=int, default=64, metavar="N", help="images to draw, and to read where they are on disk (64)"
+    )
+    data.add_argument("--split", metavar="SPLIT", help="look at train, val or test alone (default: all, drawn: train)")
+    data.add_argument("--json", action="store_true", help="as JSON")
     convert = add("convert", "weights", "translate a published checkpoint into a safetensors file with its model card")
     convert.add_argument("checkpoint", metavar="FILE", help="the official or timm checkpoint of the config's net")
     convert.add_argument("--out", required=True, metavar="FILE", help="the file to write, .safetensors")
@@ -151,6 +177,7 @@ def quiet() -> None:
         ".*lr_scheduler.step.*before.*optimizer.step.*",
         ".*number of training batches.*smaller than the logging interval.*",
         ".*Initializing zero-element tensors.*",
+        ".*No complete tensor found in the group.*",
         ".*deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=text)

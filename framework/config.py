@@ -203,6 +203,7 @@ def compose(
     files: Iterable[str | Path],
     settings: Settings = {},  # noqa: B006 (read only)
     plugins: Iterable[str] = (),
+    kept: tuple[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Files, what they extend, and dotted settings over them, as one canonical document before inheritance.
 
@@ -210,11 +211,12 @@ def compose(
         files: config files; a later one goes over an earlier one.
         settings: dotted path to value, such as {"model.backbone.dim": 192}; they go over all files.
         plugins: Python files or import paths to load first.
+        kept: a document under all files, with the name of what it comes from, such as a checkpoint.
 
     Raises:
         ConfigError: the first mistake, with its file and path.
     """
-    found: list[tuple[str, dict[str, Any]]] = []
+    found: list[tuple[str, dict[str, Any]]] = [kept] if kept else []
     names = [Path(file) for file in files]
     seen: set[Path] = set()
     for path in names:

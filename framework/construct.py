@@ -133,8 +133,12 @@ def checked(make: Callable[[], Made], where: str) -> Made:
         raise ConfigError(f"{where}: {reason(error)}") from error
 
 
-def complete(document: Mapping[str, Any]) -> dict[str, Any]:
+def complete(document: Mapping[str, Any], facts: tuple[Image, int] | None = None) -> dict[str, Any]:
     """The resolved document with image and classes filled in from the data module: what `Workbench` takes.
+
+    Args:
+        document: a composed document.
+        facts: image and number of classes, where they are known without the data.
 
     Raises:
         ConfigError: an argument is missing or wrong, or the data module cannot tell its image size or classes.
@@ -142,7 +146,7 @@ def complete(document: Mapping[str, Any]) -> dict[str, Any]:
     resolved = resolve(dict(document))
     args = resolved["model"].setdefault(ARGS, {})
     takes = typed.arguments(registry.find(Task, resolved["model"][CLASS]))
-    image, num_classes = _facts(json.dumps(resolved["data"], sort_keys=True))
+    image, num_classes = facts or _facts(json.dumps(resolved["data"], sort_keys=True))
     if "image" in takes and Image(**args.setdefault("image", asdict(image))) != image:
         given, there = args["image"], asdict(image)
         raise ConfigError(f"model.image: got {given}, but the data gives {there}; leave model.image out")
@@ -159,14 +163,18 @@ def _facts(section: str) -> tuple[Image, int]:
         return data.image, data.num_classes
 
 
-def build_model(document: Mapping[str, Any]) -> Task:
+def build_model(document: Mapping[str, Any], facts: tuple[Image, int] | None = None) -> Task:
     """The task of a composed document, with its net, on the current default device.
+
+    Args:
+        document: the document.
+        facts: image and number of classes, where they are known without the data.
 
     Raises:
         ConfigError: the document is wrong.
         BuildError: the net cannot be built as asked.
     """
     global _bench
-    section = {"model": complete(document)["model"]}
+    section = {"model": complete(document, facts)["model"]}
     _bench = _bench.use(section) if _bench else Workbench(section)
     return _bench.make_model()

@@ -13,6 +13,7 @@ from blocks.base import PARTS, Shape
 from framework.backbones import Level
 from framework.config import load_plugins
 from framework.construct import build_model
+from framework.data import Image
 from framework.tasks import Task
 
 
@@ -44,10 +45,10 @@ class Cost:
     blocks: list[BlockCost]
 
 
-def meta_model(document: Mapping[str, Any]) -> Task:
-    """The task of a document on the meta device. Raises what `build_model` raises."""
+def meta_model(document: Mapping[str, Any], facts: tuple[Image, int] | None = None) -> Task:
+    """The task of a document on the meta device. Takes and raises what `build_model` does."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return build_model(document)
+        return build_model(document, facts)
 
 
 def cost(task: Task) -> Cost:

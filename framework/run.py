@@ -19,10 +19,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from framework.ablation.state import read_study, write_text
-from framework.callbacks import Bar, Checkpoints, RandomState, Record, RunState
-from framework.checkpoints import WholeFiles
+from framework.callbacks import Bar, Checkpoints, Keep, RandomState, Record, RunState
+from framework.checkpoints import Kept, WholeFiles, read_checkpoint
 from framework.config import compose, dump
 from framework.construct import Workbench, complete
+from framework.data import splits
 from framework.errors import ConfigError
 from framework.measure import meta_model
 from framework.provenance import write_provenance
@@ -30,6 +31,9 @@ from framework.weights.transfer import source, start_from
 
 HANDED = "TESSERA_RUN_FOLDER"
 JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+
+# What Lightning needs beside weights to go on.
+GOES_ON = ("optimizer_states", "lr_schedulers", "loops", "epoch", "global_step", "pytorch-lightning_version")
 
 CONFIG, RESOLVED, LAST, BEST = "config.yaml", "resolved.yaml", "checkpoints/last.ckpt", "checkpoints/best.ckpt"
 
@@ -120,7 +124,13 @@ def check(document: Mapping[str, Any], checkpoint: Path | None = None) -> None:
         raise ConfigError("trainer.max_epochs: nothing says how long to train; set it, as --trainer.max_epochs=300")
     model = meta_model(document)
     if checkpoint:
-        check_weights(model, read_weights(checkpoint), checkpoint)
+        found = read_checkpoint(checkpoint)
+        check_weights(model, found["state_dict"], checkpoint)
+        if missing := [key for key in GOES_ON if key not in found]:
+            raise ConfigError(
+                f"--ckpt_path: {checkpoint} has no {missing[0]}, so nothing goes on from it; "
+                f"start from its weights: --weights={checkpoint}"
+            )
     elif document.get("weights"):
         start_from(model, source(document["weights"]))
     Workbench(complete(document)).make_trainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
@@ -162,9 +172,14 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
         print(f"{document['weights']}: {start_from(model, source(document['weights']))}")
     for split in ("train", "val"):
         data.split(split)  # what is missing or empty says so before the first step
+    if checkpoint and run_folder_of(checkpoint) == folder.resolve():
+        splits.compare(folder, data)
+    elif rank() == 0:
+        splits.store(folder, data)
     last = folder / LAST
     callbacks: list[Callback] = [
         RandomState(),
+        Keep(Kept.of(document, data)),
         RunState(folder, {"params": sum(p.numel() for p in model.parameters() if p.requires_grad)}),
         Checkpoints(last),
         Record(hparams(folder, finished)),
@@ -219,31 +234,11 @@ def evaluate(document: Mapping[str, Any], checkpoint: Path, stage: str) -> dict[
     return {name: float(value) for name, value in found[0].items()}
 
 
-def predict(document: Mapping[str, Any], checkpoint: Path) -> tuple[torch.Tensor, list[str]]:
-    """Class probabilities of the test set `(N, num_classes)`, and the names of the classes."""
-    bench = Workbench(complete(document))
-    data, model = bench.make_data(), bench.make_model()
-    load_weights(model, checkpoint)
-    data.setup("test")
-    trainer = bench.make_trainer(logger=False, enable_model_summary=False, enable_checkpointing=False,
-                                 enable_progress_bar=sys.stdout.isatty())  # fmt: skip
-    found = trainer.predict(model, dataloaders=data.test_dataloader())
-    return torch.cat([part for part in found or [] if isinstance(part, torch.Tensor)]), data.class_names
-
-
 def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
     """Loads a checkpoint's weights into a net that must be the same. Raises ConfigError where it is not."""
-    state = read_weights(checkpoint)
+    state = read_checkpoint(checkpoint)["state_dict"]
     check_weights(model, state, checkpoint)
     model.load_state_dict(state)
-
-
-def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint. Raises ConfigError where it is none."""
-    try:
-        return torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:  # a file from anywhere
-        raise ConfigError(f"--ckpt_path: {checkpoint} is no checkpoint of this program, or a damaged one") from error
 
 
 def check_weights(model: torch.nn.Module, state: Mapping[str, torch.Tensor], checkpoint: Path) -> None:

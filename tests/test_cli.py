@@ -110,7 +110,7 @@ MISTAKES: dict[str, tuple[str, list[Any], list[str]]] = {
     "option before another": ("describe", [TNT, "--name", "--seed=1"], ["--name needs a value: --name=…"]),
     "option twice": ("describe", [TNT, "--seed=1", "--seed", "2"], ["--seed is given twice"]),
     "unreadable value": ("describe", [TNT, "--model.backbone={a: 1"], ["--model.backbone: not readable as YAML"]),
-    "unknown command": ("descrbe", [], ["'descrbe'", "did you mean 'describe'?", "allowed: blocks, convert, describe"]),
+    "unknown command": ("descrbe", [], ["'descrbe'", "did you mean 'describe'?", "allowed: blocks, convert, data, "]),
     "unknown timm model": ("describe", [RESNET, "--model.backbone.name=resnet5o"],
         ["model.backbone.name: ", "did you mean 'resnet50'?"]),
     "timm's arguments": ("describe", [RESNET, "--model.backbone.args={foo: 1}"], ["model.backbone: timm", "'foo'"]),
@@ -219,7 +219,9 @@ def test_a_folder_that_cannot_be_made_is_one_line(cli: Cli, tiny_file: Path) -> 
 # ---- help and the catalogue
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "plan", "report", "describe", "blocks"])
+@pytest.mark.parametrize(
+    "command", ["fit", "validate", "test", "predict", "export", "plan", "report", "describe", "blocks"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -425,12 +427,12 @@ def test_predict_writes_probabilities(cli: Cli, trained: Trained, tmp_path: Path
     assert (found.code, found.out, found.err) == (0, f"300 images → {path}\n", "")
     with path.open(newline="") as file:
         head, *rows = csv.reader(file)
-    assert head == ["index", "predicted", "probability", *map(str, range(10))]
+    assert head == ["index", "label", "prediction", "confidence", *map(str, range(10))]
     assert [int(row[0]) for row in rows] == list(range(300))
-    values = np.array([[float(p) for p in row[3:]] for row in rows])
+    values = np.array([[float(p) for p in row[4:]] for row in rows])
     np.testing.assert_allclose(values.sum(1), 1, atol=1e-5)
-    assert [int(row[1]) for row in rows] == values.argmax(1).tolist()
-    np.testing.assert_array_equal([float(row[2]) for row in rows], values.max(1))
+    assert [int(row[2]) for row in rows] == values.argmax(1).tolist()
+    np.testing.assert_array_equal([float(row[3]) for row in rows], values.max(1))
 
 
 def test_predict_is_what_the_net_gives(cli: Cli, trained: Trained, tmp_path: Path) -> None:
@@ -445,7 +447,7 @@ def test_predict_is_what_the_net_gives(cli: Cli, trained: Trained, tmp_path: Pat
     with torch.no_grad():
         want = model(images[:5]).softmax(1)
     rows = list(csv.reader(path.open(newline="")))[1:6]
-    np.testing.assert_allclose([[float(p) for p in row[3:]] for row in rows], want.numpy(), atol=2e-6)
+    np.testing.assert_allclose([[float(p) for p in row[4:]] for row in rows], want.numpy(), atol=2e-6)
 
 
 def test_predict_needs_a_folder_to_write_to(cli: Cli, trained: Trained) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from framework.commands import document as composed
+from framework.commands import run_checkpoint
 from framework.errors import ConfigError
 
 
@@ -74,7 +76,7 @@ def fit_in(folder: Path, document: dict[str, Any], checkpoint: Path | None) -> i
         try:
             trainer = train(folder, document, checkpoint)
         except KeyboardInterrupt:
-            command = f"python cli.py fit --config {folder / CONFIG} --ckpt_path {folder / LAST}"
+            command = f"python cli.py fit --ckpt_path {folder / LAST}"
             there = (folder / LAST).is_file()
             out.print(f"\ninterrupted; the run goes on with:\n  {command}" if there else "interrupted")
             return 130
@@ -108,20 +110,6 @@ def fit_study(args: Namespace, document: dict[str, Any], slot: dict[str, Any]) -
     return 1 if collect(study).failures else 0
 
 
-def run_checkpoint(args: Namespace) -> Path:
-    """The checkpoint of a command, by default the last one of the run folder that its config lies in."""
-    from framework.run import LAST, existing
-
-    if args.ckpt_path:
-        return existing(args.ckpt_path)
-    last = Path(args.config[-1]).parent / LAST
-    if not last.is_file():
-        raise ConfigError(
-            "name the weights with --ckpt_path, or the config of a run folder that has them (runs/…/config.yaml)"
-        )
-    return last
-
-
 def evaluate(args: Namespace, document: dict[str, Any]) -> int:
     from framework.run import evaluate as measured
 
@@ -131,22 +119,30 @@ def evaluate(args: Namespace, document: dict[str, Any]) -> int:
 
 
 def predict(args: Namespace, document: dict[str, Any]) -> int:
-    import csv
-
-    from framework.run import predict as predicted
+    from framework.predict import pictures, predict_pictures, predict_test, write
 
     checkpoint = run_checkpoint(args)
     target = Path(args.out) if args.out else checkpoint.parent / "predictions.csv"
+    if target.is_dir():
+        raise ConfigError(f"--out: Is a directory: {target}")
+    if target.suffix not in (".csv", ".json"):
+        raise ConfigError(f"--out: got {target}; name a file that ends in .csv or .json")
     if not target.parent.is_dir():
         raise ConfigError(f"--out: no such folder: {target.parent}")
-    probabilities, names = predicted(document, checkpoint)
-    with target.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", "predicted", "probability", *names])
-        for i, row in enumerate(probabilities.tolist()):
-            best = max(range(len(row)), key=row.__getitem__)
-            writer.writerow([i, names[best], f"{row[best]:.6f}", *(f"{p:.6f}" for p in row)])
-    console().print(f"{len(probabilities)} images → {target}")
+    if args.top is not None and args.top < 1:
+        raise ConfigError(f"--top: got {args.top}, must be at least 1")
+    if args.images:
+        found = predict_pictures(document, checkpoint, pictures(args.images))
+    else:
+        found = predict_test(document, checkpoint)
+    write(target, found, args.top)
+    read = sum(not row.error for row in found.rows)
+    console().print(f"{read} images → {target}")
+    for row in found.rows:
+        if row.error:
+            print(f"{row.file}: cannot be read: {row.error}", file=sys.stderr)
+    if not read:
+        raise ConfigError(f"--images: none of the {len(found.rows)} files can be read as a picture")
     return 0
 
 

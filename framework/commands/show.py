@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from framework.commands import document as composed
@@ -21,7 +22,13 @@ def describe(args: Namespace) -> int:
 
     document = composed(args)
     document.pop("ablation", None)
-    found = cost(meta_model(document))
+    kept = None
+    if not args.config:
+        from framework.checkpoints import kept_in, read_checkpoint
+
+        path = Path(args.ckpt_path)
+        kept = kept_in(read_checkpoint(path), path)
+    found = cost(meta_model(document, kept.facts(document) if kept else None))
     if args.json:
         print(json.dumps({"name": document["name"], **asdict(found)}, indent=1))
         return 0
