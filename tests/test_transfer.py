@@ -81,6 +81,21 @@ def test_positions_are_resized_and_the_head_is_new_for_other_classes(published) 
     assert torch.equal(table[:, :1], old[:, :1])
 
 
+@pytest.mark.parametrize("ours", [False, True], ids=["published", "ours"])
+def test_a_backbone_without_a_head_is_loaded_and_its_head_starts_fresh(ours: bool) -> None:
+    """As self-supervised backbones are published."""
+    model, other = net(), net()
+    state = {key: value for key, value in official().items() if not key.startswith("head.")}
+    if ours:
+        start_from(other, official())
+        state = {key: value for key, value in other.state_dict().items() if key.startswith("backbone.")}
+    head = model.head.fc.weight.clone()
+    report = start_from(model, state)
+    assert report.fresh == ["head.fc.weight", "head.fc.bias"]
+    assert torch.equal(model.head.fc.weight, head)
+    assert torch.equal(model.backbone.norm.weight, official()["norm.weight"])
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

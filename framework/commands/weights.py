@@ -25,7 +25,7 @@ def run(args: Namespace) -> int:
     task = build_model(document)
     report = start_from(task, source(args.checkpoint))
     if report.fresh:
-        raise ConfigError(f"{args.checkpoint}: its head is for another number of classes: {', '.join(report.fresh)}")
+        raise ConfigError(f"{args.checkpoint}: has no head, or one for other classes: {', '.join(report.fresh)}")
     card = {
         "converted from": Path(args.checkpoint).name,
         "origin": args.origin,

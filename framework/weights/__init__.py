@@ -22,6 +22,14 @@ from framework.weights.keys import Family, assemble
 
 FAMILIES: list[Family] = [tnt, vit, nextvit]
 
+# What the families call their classifiers.
+HEAD = re.compile(r"(head|head_dist|proj_head)\.")
+
+
+def has_head(state: Mapping[str, Tensor]) -> bool:
+    """Whether published weights hold a classifier; those of self-supervised backbones do not."""
+    return any(HEAD.match(key) for key in state)
+
 
 def convert(
     state: Mapping[str, Tensor], target: Mapping[str, torch.Size], head: bool = True, shapes: bool = True
@@ -46,7 +54,7 @@ def convert(
         )
     target = {key: shape for key, shape in target.items() if key.startswith(("backbone.", "head."))}
     if not head:
-        state = {key: value for key, value in state.items() if not re.match(r"(head|head_dist|proj_head)\.", key)}
+        state = {key: value for key, value in state.items() if not HEAD.match(key)}
         target = {key: shape for key, shape in target.items() if not key.startswith("head.")}
     return assemble(fitting[0], state, target, shapes)
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from blocks.positions import PositionTable, RelativeBiasTable, resize_grid
 from framework.errors import ConfigError
-from framework.weights import convert, read
+from framework.weights import convert, has_head, read
 
 TIMM = "timm:"
 OURS = ("backbone.", "head.")
@@ -23,7 +23,7 @@ OURS = ("backbone.", "head.")
 
 @dataclass
 class Report:
-    """What became of each key: loaded as it was, resized to another grid, or made anew for other classes."""
+    """What became of each key: loaded as it was, resized to another grid, or left fresh (parts of a head)."""
 
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
@@ -32,7 +32,7 @@ class Report:
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors loaded"]
         parts += [f"resized to this image: {', '.join(self.resized)}"] if self.resized else []
-        parts += [f"new, for other classes: {', '.join(self.fresh)}"] if self.fresh else []
+        parts += [f"new, not there or for other classes: {', '.join(self.fresh)}"] if self.fresh else []
         return "; ".join(parts)
 
 
@@ -60,7 +60,8 @@ def start_from(task: nn.Module, state: Mapping[str, Tensor]) -> Report:
     """Loads published weights, or our own, into a task's backbone and head.
 
     Tables of positions are resized in two dimensions (bicubic, corners not aligned, no antialias); a head for another
-    number of classes keeps its fresh weights.
+    number of classes keeps its fresh weights, and so does the whole head where the weights have none, as those of
+    self-supervised backbones.
 
     Args:
         task: the task; its net is left as it was where this raises.
@@ -74,9 +75,12 @@ def start_from(task: nn.Module, state: Mapping[str, Tensor]) -> Report:
     if any(key.startswith("backbone.") for key in state):
         found = {key: value for key, value in state.items() if key.startswith(OURS)}
     else:
-        found = convert(state, {key: value.shape for key, value in own.items()}, shapes=False)
+        found = convert(state, {key: value.shape for key, value in own.items()}, head=has_head(state), shapes=False)
     report, fitted = Report(), {}
     missing = [key for key in own if key not in found]
+    if not any(key.startswith("head.") for key in found):
+        report.fresh = [key for key in missing if key.startswith("head.")]
+        missing = [key for key in missing if key not in report.fresh]
     unexpected = [key for key in found if key not in own]
     modules = dict(task.named_modules())
     wrong = []
