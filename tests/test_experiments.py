@@ -15,7 +15,12 @@ from tests.conftest import EXPERIMENTS
 
 KEYS = Path(__file__).parent / "keys"
 FILES = sorted(EXPERIMENTS.rglob("*.yaml"))
-STUDIES = sorted(EXPERIMENTS.glob("ablation_*.yaml"))
+SMALL = EXPERIMENTS / "small"
+SMALL_STUDIES = [SMALL / f"{name}.yaml" for name in ("pos", "stacking", "se", "distillation")]
+STUDIES = [*sorted(EXPERIMENTS.glob("ablation_*.yaml")), *SMALL_STUDIES]
+
+# The studies in small/ take their data from a second file; digits enlarged to its size stand in for it.
+AT_32 = {"data": {"class_path": "Digits", "init_args": {"size": 32}}}
 
 # Trainable parameters and 10⁹ MACs at 224 px of the authors' (or timm's) own nets. The counts in TNT's paper are
 # higher by a frozen parameter that its code never uses.
@@ -78,7 +83,7 @@ def test_state_dict_keys_are_kept_for_each_family() -> None:
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_cell_of_a_study_builds(path: Path) -> None:
-    document = compose([path])
+    document = compose([path], AT_32 if path in SMALL_STUDIES else {})
     found = cells(document, override)
     seeds = document["ablation"].get("seeds", [0, 1, 2])
     assert len(found) % len(seeds) == 0
@@ -94,10 +99,19 @@ def test_every_cell_of_a_study_builds(path: Path) -> None:
     "path", [*STUDIES, *sorted((EXPERIMENTS / "base").glob("*_digits.yaml"))], ids=lambda p: p.stem
 )
 def test_digits_recipes_take_a_step(path: Path, tmp_path: Path) -> None:
-    document = override(compose([path]), {"ablation": None, "trainer.fast_dev_run": True})
+    settings = AT_32 if path in SMALL_STUDIES else {}
+    document = override(compose([path], settings), {"ablation": None, "trainer.fast_dev_run": True})
     trainer = train(tmp_path, document, bar=False)
     assert trainer.global_step == 1
     assert trainer.callback_metrics["val/loss"].isfinite()
+
+
+@pytest.mark.parametrize("data", ["cifar10", "fashion_mnist"])
+def test_the_protocols_of_small_studies_compose_with_them(data: str) -> None:
+    document = compose([SMALL / "pos.yaml", SMALL / f"{data}.yaml"])
+    assert document["trainer"]["max_epochs"] >= 1
+    assert document["model"]["init_args"]["schedule"]["init_args"]["warmup_epochs"] < 0.5
+    assert document["ablation"]["name"] == "pos"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(EXPERIMENTS)))
