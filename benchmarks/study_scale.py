@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -73,11 +71,12 @@ def start_of_a_run(document: dict, root: Path, processes: int, count: int) -> fl
 
 
 def main() -> None:
+    from framework.bench import report
     from framework.config import dump, override
     from framework.measure import measure
-    from framework.provenance import git, machine
     from framework.run import fit_folder
 
+    before = report.circumstances()
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temp:
         root = Path(temp)
@@ -93,11 +92,11 @@ def main() -> None:
             metrics = {"val/acc1": 0.9 + (i * 7919 % 1000) / 1e5, "val/loss": 0.3}
             write_status(folder, Status("finished", 1, 1, metrics, {"seconds": 10.0}))
 
-        def report() -> None:
+        def reported() -> None:
             table = tables.collect(root / "scale")
             view.show(root / "scale", table)
 
-        found["reported: table of 2,000 runs (s)"] = timed(report)
+        found["reported: table of 2,000 runs (s)"] = timed(reported)
         table = tables.collect(root / "scale")
         found["reported: all files and figures (s)"] = timed(lambda: forms.write(root / "scale", table))
 
@@ -116,14 +115,7 @@ def main() -> None:
         found[f"4 short trainings: one at a time / {cores} at a time (median of {ROUNDS})"] = statistics.median(ratios)
     for name, value in found.items():
         print(f"{name:64} {value:8.2f}")
-    now = datetime.now(UTC)
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    name = "".join(c if c.isalnum() else "-" for c in machine()["cpu"].lower()).strip("-")
-    target = folder / f"study_scale_{name}_{now:%Y-%m-%d}.json"
-    target.write_text(json.dumps({"time": now.isoformat(timespec="seconds"), "commit": git("rev-parse", "HEAD"),
-                                  "machine": machine(), "results": found}, indent=1, ensure_ascii=False))  # fmt: skip
-    print(target)
+    print(report.write(report.where("study_scale"), "study_scale", found, **before))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ examples:
   python cli.py plan --config experiments/ablation_hybrid.yaml    what a study would train
   python cli.py describe --config experiments/zoo/next_vit_s.yaml params, MACs, levels, one line for each block
   python cli.py predict --ckpt_path best.ckpt --images photos/    class names and probabilities, as CSV
+  python cli.py bench --config experiments/zoo/tnt_s.yaml --against timm:tnt_s_patch16_224
   python cli.py blocks NTB                                        arguments, defaults and source of a class
 
 Everything in a config can be set by its dotted path: --model.backbone.stages.s3.pattern='ncb*10'.
@@ -37,7 +38,8 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action, value) -> None:
         if action.choices is not None and value not in action.choices:
-            raise ConfigError(f"no such command {value!r} ({suggest(str(value), action.choices)})")
+            what = f"{action.option_strings[0]}: got" if action.option_strings else "no such command"
+            raise ConfigError(f"{what} {value!r} ({suggest(str(value), action.choices)})")
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -118,6 +120,10 @@ def parser() -> Parser:
     convert.add_argument("--origin", default="", metavar="TEXT", help="for the card: where the checkpoint comes from")
     convert.add_argument("--licence", default="", metavar="TEXT", help="for the card: under which licence")
     convert.add_argument("--accuracy", default="", metavar="TEXT", help="for the card: as published")
+    bench = add("bench", "bench", "throughput, latency and memory of a net, alone or against another one")
+    bench.add_argument("--against", metavar="timm:NAME|FILE", help="a net of timm's, or another config")
+    add_bench(bench)
+    bench.add_argument("--json", metavar="FILE", help="write everything that was measured, each round")
     blocks = add("blocks", "show", "the catalogue: every class that a config can name", config=False)
     blocks.add_argument("name", nargs="?", help="one class: its arguments, defaults and source")
     blocks.add_argument(
@@ -125,6 +131,24 @@ def parser() -> Parser:
     )
     blocks.add_argument("--json", action="store_true", help="as JSON")
     return main
+
+
+def add_bench(command: argparse.ArgumentParser) -> None:
+    """What `bench` and the scripts in benchmarks/ share."""
+    command.add_argument("--mode", choices=["inference", "training", "both"], default="both", help="(default: both)")
+    command.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "both"],
+        default="float32",
+        help="bfloat16 is autocast (default: float32)",
+    )
+    command.add_argument("--batch", metavar="N,…", help="images at a time (default: 8, on a GPU 256)")
+    command.add_argument(
+        "--threads", metavar="N,…", help="with 1, CPU time is measured, else wall time (default: all cores)"
+    )
+    command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: a GPU if there)")
+    command.add_argument("--compile", action="store_true", help="each net also compiled block by block; takes minutes")
+    command.add_argument("--rounds", type=int, default=10, metavar="N", help="how often each is timed (default: 10)")
 
 
 def add_only(command: Parser, what: str) -> None:

@@ -38,7 +38,7 @@ def write_provenance(folder: Path, seed: int) -> None:
         "git_commit": git("rev-parse", "HEAD"),
         "git_diff": name,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "machine": machine(),
     }
     write_text(path, json.dumps([*starts, start], indent=1))
@@ -66,7 +66,8 @@ def git(*words: str) -> str:
     return done.stdout.strip()
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package; empty where there is none."""
     try:
         return version(package)
     except PackageNotFoundError:

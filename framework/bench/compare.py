@@ -1,0 +1,193 @@
+"""Nets in their forms against each other, in one setting: checked for equality, raced, and weighed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from framework.bench import equal
+from framework.bench.harness import Candidate, Section, Timing, race, threads
+from framework.bench.memory import peak, saved_bytes
+from framework.bench.nets import Entrant, Form, Setting, Timm, formed, images_for, inputs, loss, step
+from framework.data.base import Image
+
+# Acts at batch 1 for each round, whose quantiles are the latency.
+LATENCY = 5
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A net, and one of the forms in which it runs."""
+
+    entrant: Entrant
+    form: Form = field(default_factory=Form)
+
+    @property
+    def name(self) -> str:
+        return ", ".join(filter(None, (self.entrant.name, self.form.name)))
+
+
+@dataclass
+class Made:
+    """The nets of entrants with as equal weights as can be.
+
+    Attributes:
+        nets: by the entrant's name; the first is what the others got their weights from.
+        notes: why some could not get them.
+        equal: the names of those that did, and must give the same logits.
+    """
+
+    nets: dict[str, nn.Module]
+    notes: list[str]
+    equal: set[str]
+
+
+def make(entrants: Sequence[Entrant], strict: bool = False) -> Made:
+    """Makes nets, and gives them the weights of the first.
+
+    Args:
+        entrants: the first has weights that the others can take: timm's, where there is one of timm's.
+        strict: whether nets that cannot take the weights are refused, rather than told of.
+
+    Raises:
+        Unequal: with `strict`, a net cannot take them.
+    """
+    made = Made({}, [], set())
+    for entrant in entrants:
+        net = entrant.make()
+        if not made.nets:
+            equal.liven(net)
+            made.equal.add(entrant.name)
+        else:
+            first, reference = next(iter(made.nets.items()))
+            why = equal.share(reference, net)
+            apart = "" if why or isinstance(entrants[0], Timm) else _apart(entrants[0], reference, entrant, net)
+            if why and strict:
+                raise equal.Unequal(f"{entrant.name} and {first} cannot have the same weights ({why}): not timed")
+            if why:
+                made.notes.append(f"{entrant.name} and {first} have different weights and are different nets: {why}")
+            elif apart:
+                made.notes.append(apart)
+            else:
+                made.equal.add(entrant.name)
+        made.nets[entrant.name] = net
+    return made
+
+
+def _apart(first: Entrant, reference: nn.Module, entrant: Entrant, net: nn.Module) -> str:
+    """How two nets of ours with the same weights differ, which may be meant; empty where they do not."""
+    at = Setting("inference", "float32", 2, 1, "cpu")
+    found = equal.difference(logits_of(net, entrant.image, Form(), at), logits_of(reference, first.image, Form(), at))
+    if found <= equal.TOLERANCE["float32"]:
+        return ""
+    return f"{entrant.name} and {first.name} have the same weights and are different nets: logits differ by {found:.2g}"
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Without TF32 in convolutions, which torch uses on GPUs unless it is told not to."""
+    was = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = was
+
+
+def logits_of(net: nn.Module, image: Image, form: Form, setting: Setting) -> Tensor:
+    """What a net gives at inference in a form; the net is left as it was."""
+    at = replace(setting, mode="inference")
+    return step(formed(deepcopy(net), form, at), form, at, image)().float()
+
+
+def compare(
+    entries: Sequence[Entry], made: Made, setting: Setting, rounds: int, title: str = "", weigh: bool = True
+) -> Section:
+    """Races entries in one setting.
+
+    Args:
+        entries: the first is what the others are compared with.
+        made: the nets of their entrants.
+        setting: how.
+        rounds: of the race.
+        title: of the table, before the setting.
+        weigh: whether to measure memory too.
+
+    Raises:
+        Unequal: nets with the same weights give different logits.
+    """
+    torch.backends.cudnn.benchmark = True
+    with threads(setting.threads):
+        torch._dynamo.reset()  # what was compiled for another batch or number of threads
+        name, first = next(iter(made.nets.items()))
+        few = replace(setting, dtype="float32", batch=setting.batch if setting.mode == "inference" else 2)
+        with exact():
+            reference = logits_of(first, entries[0].entrant.image, Form(), few)
+        candidates = []
+        for entry in entries:
+            say(f"{entry.name}: {setting.title}, batch {setting.batch}")
+            candidates.append(_candidate(entry, made, (name, reference), setting, weigh))
+        say(f"{title} {setting.title}, batch {setting.batch}: {rounds} rounds")
+        timings = race(candidates, setting.stopwatch, rounds)
+        say("")
+    for timing, entry in zip(timings, entries, strict=True):
+        macs = entry.entrant.cost()[1] * (3 if setting.mode == "training" else 1)
+        timing.extra = {"GMAC/s": timing.images_per_s * macs / 1e9, **timing.extra}
+    heading = ": ".join(filter(None, (title, setting.title)))
+    return Section(heading, setting.clock, timings, list(made.notes), asdict(setting), f"batch {setting.batch}")
+
+
+def _candidate(entry: Entry, made: Made, truth: tuple[str, Tensor], setting: Setting, weigh: bool) -> Candidate:
+    """An entry as a candidate: with the weights of `made`, its logits compared with those of `truth`, and weighed."""
+    entrant, form = entry.entrant, entry.form
+    name, reference = truth
+    net = formed(deepcopy(made.nets[entrant.name]), form, setting)
+    act = step(net, form, setting, entrant.image)
+    extra: dict[str, float] = {}
+    if entrant.name in made.equal:
+        with exact():
+            if setting.mode == "inference":
+                logits = act().float()
+            else:  # uncompiled: inference would be compiled besides
+                few = replace(setting, batch=len(reference))
+                logits = logits_of(made.nets[entrant.name], entrant.image, replace(form, compile=False), few)
+        apart = equal.check(entry.name, logits, f"{name} in float32", reference, setting.dtype)
+        extra |= {"Δ logits": apart} if len(made.nets) > 1 or setting.dtype != "float32" else {}
+    if weigh:
+        if setting.mode == "training":
+            images = inputs(images_for(entrant.image, setting), form)
+            saved = saved_bytes(loss(net, images, form, setting), net)
+            extra["saved MiB/image"] = saved / setting.batch / 2**20
+        if not form.compile or setting.device == "cuda":  # in a fresh process it would be compiled once more
+            found = peak(entrant, form, setting)
+            if found is not None:
+                extra["peak MiB"] = found / 2**20
+    return Candidate(entry.name, act, setting.batch, extra)
+
+
+def latency(entries: Sequence[Entry], made: Made, setting: Setting, rounds: int) -> list[Timing]:
+    """Every single inference of one image timed, so that quantiles over them are the latency."""
+    alone = replace(setting, mode="inference", batch=1)
+    with threads(setting.threads):
+        torch._dynamo.reset()
+        candidates = []
+        for entry in entries:
+            say(f"{entry.name}: latency")
+            net = formed(deepcopy(made.nets[entry.entrant.name]), entry.form, alone)
+            candidates.append(Candidate(entry.name, step(net, entry.form, alone, entry.entrant.image), 1))
+        timings = race(candidates, alone.stopwatch, LATENCY * rounds, least=0)
+        say("")
+        return timings
+
+
+def say(text: str) -> None:
+    """What is being done, on one line of a terminal that the next one replaces; nothing elsewhere."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\033[K{text[:100]}" if text else "\r\033[K")
+        sys.stderr.flush()
