@@ -132,43 +132,54 @@ def compare(
         candidates = []
         for entry in entries:
             say(f"{entry.name}: {setting.title}, batch {setting.batch}")
-            candidates.append(_candidate(entry, made, (name, reference), setting, weigh))
+            candidates.append(_candidate(entry, made, (name, reference), setting))
+        for entry, candidate in zip(entries, candidates, strict=True):
+            if weigh:
+                say(f"{entry.name}: memory")
+                candidate.extra.update(weight(entry, made, setting))
         say(f"{title} {setting.title}, batch {setting.batch}: {rounds} rounds")
         timings = race(candidates, setting.stopwatch, rounds)
         say("")
     for timing, entry in zip(timings, entries, strict=True):
-        macs = entry.entrant.cost()[1] * (3 if setting.mode == "training" else 1)
+        macs = entry.entrant.cost()[1] * (3 if setting.mode == "training" else 1)  # its backward takes two forwards
         timing.extra = {"GMAC/s": timing.images_per_s * macs / 1e9, **timing.extra}
     heading = ": ".join(filter(None, (title, setting.title)))
     return Section(heading, setting.clock, timings, list(made.notes), asdict(setting), f"batch {setting.batch}")
 
 
-def _candidate(entry: Entry, made: Made, truth: tuple[str, Tensor], setting: Setting, weigh: bool) -> Candidate:
-    """An entry as a candidate: with the weights of `made`, its logits compared with those of `truth`, and weighed."""
+def _candidate(entry: Entry, made: Made, truth: tuple[str, Tensor], setting: Setting) -> Candidate:
+    """An entry as a candidate: with the weights of `made`, its logits compared with those of `truth`."""
     entrant, form = entry.entrant, entry.form
     name, reference = truth
-    net = formed(deepcopy(made.nets[entrant.name]), form, setting)
-    act = step(net, form, setting, entrant.image)
-    extra: dict[str, float] = {}
-    if entrant.name in made.equal:
-        with exact():
-            if setting.mode == "inference":
-                logits = act().float()
-            else:  # uncompiled: inference would be compiled besides
-                few = replace(setting, batch=len(reference))
-                logits = logits_of(made.nets[entrant.name], entrant.image, replace(form, compile=False), few)
-        apart = equal.check(entry.name, logits, f"{name} in float32", reference, setting.dtype)
-        extra |= {"Δ logits": apart} if len(made.nets) > 1 or setting.dtype != "float32" else {}
-    if weigh:
-        if setting.mode == "training":
-            images = inputs(images_for(entrant.image, setting), form)
-            saved = saved_bytes(loss(net, images, form, setting), net)
-            extra["saved MiB/image"] = saved / setting.batch / 2**20
-        if not form.compile or setting.device == "cuda":  # in a fresh process it would be compiled once more
-            found = peak(entrant, form, setting)
-            if found is not None:
-                extra["peak MiB"] = found / 2**20
-    return Candidate(entry.name, act, setting.batch, extra)
+    act = step(formed(deepcopy(made.nets[entrant.name]), form, setting), form, setting, entrant.image)
+    if entrant.name not in made.equal:
+        return Candidate(entry.name, act, setting.batch)
+    with exact():
+        if setting.mode == "inference":
+            logits = act().float()
+        else:  # uncompiled: inference would be compiled besides
+            few = replace(setting, batch=len(reference))
+            logits = logits_of(made.nets[entrant.name], entrant.image, replace(form, compile=False), few)
+    apart = equal.check(entry.name, logits, f"{name} in float32", reference, setting.dtype)
+    return Candidate(entry.name, act, setting.batch, {"Δ logits": apart} if len(made.nets) > 1 else {})
+
+
+def weight(entry: Entry, made: Made, setting: Setting) -> dict[str, float]:
+    """Memory of a step, in MiB: what the forward saves for each image, and the peak.
+
+    On the CPU the peak is taken in a fresh process, and not of compiled nets, which it would compile once more.
+    """
+    entrant, form = entry.entrant, entry.form
+    found: dict[str, float] = {}
+    if setting.mode == "training":
+        net = formed(deepcopy(made.nets[entrant.name]), form, setting)
+        images = inputs(images_for(entrant.image, setting), form)
+        found["saved MiB/image"] = saved_bytes(loss(net, images, form, setting), net) / setting.batch / 2**20
+    if not form.compile or setting.device == "cuda":
+        most = peak(entrant, form, setting)
+        if most is not None:
+            found["peak MiB"] = most / 2**20
+    return found
 
 
 def latency(entries: Sequence[Entry], made: Made, setting: Setting, rounds: int) -> list[Timing]:

@@ -18,13 +18,23 @@ class Unequal(ConfigError):
 
 
 def liven(net: nn.Module) -> None:
-    """Moves norms, biases, their statistics and whatever is zero away from their start, which hides differences."""
+    """Gives a net weights under which every part counts.
+
+    At their start norms do nothing, biases and some tables are zero, and attention is nearly uniform: what differs
+    there would not show in the logits.
+    """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, value in (*net.named_parameters(), *net.named_buffers()):
-            if value.is_floating_point() and (value.ndim <= 1 or not value.any()):
-                noise = torch.randn(value.shape, generator=generator) * 0.1
-                value.add_(noise.abs() if name.endswith("running_var") else noise)
+        for module in net.modules():
+            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            for name, value in own:
+                if not value.is_floating_point():
+                    continue
+                noise = torch.randn(value.shape, generator=generator)
+                if isinstance(module, nn.Linear | nn.Conv2d) and name == "weight":
+                    value.copy_(noise * value[0].numel() ** -0.5)
+                else:
+                    value.add_(0.1 * (noise.abs() if name == "running_var" else noise))
 
 
 def share(reference: nn.Module, net: nn.Module) -> str:
