@@ -228,7 +228,7 @@ def test_a_net_that_cannot_have_the_weights_is_refused_or_told_of(tiny: Tiny, ti
         compare.make([timm_tnt, ours], strict=True)
     made = compare.make([timm_tnt, ours])
     assert made.equal == {"timm"}
-    assert "different weights and are different nets" in made.notes[0]
+    assert "are different nets, each with weights of its own: weights: they do not fit" in made.notes[0]
 
 
 def test_two_of_ours_with_the_same_weights_may_differ(tiny: Tiny) -> None:
@@ -288,14 +288,14 @@ def test_the_command_writes_what_it_measured(
     monkeypatch.setattr(compare, "peak", lambda *_: 3 << 20)
     other, target = tmp_path / "other.yaml", tmp_path / "found.json"
     other.write_text(config.read_text().replace("name: tiny", "name: other").replace("dim: 16", "dim: 32"))
-    words = ["--rounds=1", "--threads=1", "--batch=1,2", "--device=cpu"]
+    words = ["--rounds=1", "--threads=1", "--batch=1,2", "--device=cpu", "--model.backbone.pattern=tnt"]
     assert bench("--config", config, "--against", other, *words, "--json", target) == 0
     text = capsys.readouterr().out
-    for part in ("tiny: 8,610 parameters, 176.6K MACs at 16×16", "inference, float32, 1 thread", "training, float32",
+    for part in ("tiny: 4,826 parameters, ", "inference, float32, 1 thread", "training, float32",
                  "latency of tiny at batch 1", "different nets"):  # fmt: skip
         assert part in text
     found = json.loads(target.read_text())
-    assert found["nets"]["tiny"] == {"params": 8610, "macs": 176608}
+    assert found["nets"]["tiny"]["params"] == 4826
     assert [(part["mode"], part["batch"]) for part in found["results"]] == [
         ("inference", 1), ("inference", 2), ("training", 1), ("training", 2)
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def make(entrants: Sequence[Entrant], strict: bool = False) -> Made:
             if why and strict:
                 raise equal.Unequal(f"{entrant.name} and {first} cannot have the same weights ({why}): not timed")
             if why:
-                made.notes.append(f"{entrant.name} and {first} have different weights and are different nets: {why}")
+                made.notes.append(f"{entrant.name} and {first} are different nets, each with weights of its own: {why}")
             elif apart:
                 made.notes.append(apart)
             else:
@@ -122,6 +123,7 @@ def compare(
     Raises:
         Unequal: nets with the same weights give different logits.
     """
+    gc.collect()  # what earlier settings have left
     torch.backends.cudnn.benchmark = True
     with threads(setting.threads):
         torch._dynamo.reset()  # what was compiled for another batch or number of threads

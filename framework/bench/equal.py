@@ -50,7 +50,8 @@ def share(reference: nn.Module, net: nn.Module) -> str:
     try:
         report = start_from(net, state)
     except ConfigError as error:
-        return str(error)
+        why = str(error)
+        return f"{why[:100]}…" if len(why) > 100 else why
     if report.resized or report.fresh:
         net.load_state_dict(before)
         return f"other shapes: {', '.join((*report.resized, *report.fresh))}"

@@ -176,7 +176,7 @@ def repeated(act: Act, count: int) -> Act:
 @contextmanager
 def without_gc() -> Iterator[None]:
     """Python's garbage collector off."""
-    gc.collect()
+    gc.collect(1)
     was = gc.isenabled()
     gc.disable()
     try:
