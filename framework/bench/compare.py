@@ -63,7 +63,7 @@ def make(entrants: Sequence[Entrant], strict: bool = False) -> Made:
     for entrant in entrants:
         net = entrant.make()
         if not made.nets:
-            equal.liven(net)
+            equal.liven(net, images_for(entrant.image, Setting("training", "float32", 4, 1, "cpu")))
             made.equal.add(entrant.name)
         else:
             first, reference = next(iter(made.nets.items()))

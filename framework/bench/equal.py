@@ -17,11 +17,12 @@ class Unequal(ConfigError):
     """Two nets with the same weights give different logits."""
 
 
-def liven(net: nn.Module) -> None:
+def liven(net: nn.Module, images: Tensor) -> None:
     """Gives a net weights under which every part counts.
 
     At their start norms do nothing, biases and some tables are zero, and attention is nearly uniform: what differs
-    there would not show in the logits.
+    there would not show in the logits. Batch norms get the statistics of `images`, or values would grow from layer to
+    layer, and rounding errors with them. The net is left in eval mode.
     """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -35,6 +36,16 @@ def liven(net: nn.Module) -> None:
                     value.copy_(noise * value[0].numel() ** -0.5)
                 else:
                     value.add_(0.1 * (noise.abs() if name == "running_var" else noise))
+        norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 1.0
+        if norms:
+            with torch.random.fork_rng(devices=[]):
+                net.train()(images)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    net.eval()
 
 
 def share(reference: nn.Module, net: nn.Module) -> str:
