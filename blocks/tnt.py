@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from blocks.base import (
     Block,
@@ -28,6 +29,7 @@ from blocks.base import (
     token_parameter,
     tokens,
 )
+from blocks.kernels import inner as kernel
 from blocks.norms import LayerNorm
 from blocks.transformer import Encoder
 
@@ -38,6 +40,8 @@ class TNT(Block):
     `inner` sees the words of each token as a small map of their own `(B·N, c, √m, √m)`; any block that keeps shape
     fits. `outer` sees map and prefix; any block that keeps the grid fits. A layer without an inner part, as the
     paper's TNT-S-1…4 have, is an ordinary `Encoder` in the pattern: words pass through it.
+
+    Where `inner` is the textbook encoder, one kernel computes all of it (`blocks.kernels.inner`).
 
     Args:
         inner: the block for words. Its number of heads must divide the word width.
@@ -83,20 +87,44 @@ class TNT(Block):
     def keep(self, parts: frozenset[str]) -> frozenset[str]:
         return self.outer.keep(parts) | {"words"}
 
+    def mix(self, words: Tensor) -> Tensor:
+        """`(B·N, m, c)` words through `inner`."""
+        if kernel.serves(self.inner, words):
+            return kernel.run(self.inner, words)
+        return tokens(self.inner(Features(to_map(words, self.word_grid))).map)
+
     def project(self, words: Tensor, grid: tuple[int, int]) -> Tensor:
         """`(B·N, m, c)` words to what they add to the map, `(B, d, H, W)`."""
         if self.norm2_proj is None:
             y = self.proj(self.norm1_proj(words).flatten(1))
         else:
-            y = self.norm2_proj(self.proj(self.norm1_proj(words.flatten(1))))
+            y = self.norm2_proj(joined(words, self.norm1_proj, self.proj))
         return to_map(y.view(-1, grid[0] * grid[1], y.shape[-1]), grid)
 
     def forward(self, features: Features) -> Features:
         map, words = features.map, features.words
         assert words is not None
-        words = tokens(self.inner(Features(to_map(words, self.word_grid))).map)
+        words = self.mix(words)
         map = map + self.project(words, (map.shape[2], map.shape[3]))
         return self.outer(features.replace(map=map)).replace(words=words)
+
+
+def joined(words: Tensor, norm: nn.Module, proj: nn.Module) -> Tensor:
+    """`(B·N, m, c)` words, those of a token as one vector, through a norm and a Linear.
+
+    The inner block's kernel leaves them as `(B·N, c, m)` in memory. The norm does not mind the order, so then the
+    weights are turned, which are smaller.
+    """
+    turned = words.transpose(1, 2)
+    plain = type(norm) is LayerNorm and type(proj) is nn.Linear and not kernel.hooked(norm) and not kernel.hooked(proj)
+    if not plain or words.is_contiguous() or not turned.is_contiguous():
+        return proj(norm(words.flatten(1)))
+
+    def turn(weight: Tensor) -> Tensor:
+        return weight.unflatten(-1, words.shape[1:]).transpose(-1, -2).flatten(-2)
+
+    x = F.layer_norm(turned.flatten(1), norm.normalized_shape, turn(norm.weight), turn(norm.bias), norm.eps)
+    return F.linear(x, turn(proj.weight), proj.bias)
 
 
 def split_patches(images: Tensor, side: int) -> Tensor:
@@ -174,7 +202,7 @@ class SentenceStem(Block):
         else:
             map = self.conv(split_patches(images, self.patch))
         words = tokens(self.word_position(map)[0])
-        x = self.norm2_proj(self.proj(self.norm1_proj(words.flatten(1))))
+        x = self.norm2_proj(joined(words, self.norm1_proj, self.proj))
         x = to_map(x.view(b, -1, x.shape[-1]), grid)
         prefix = None if self.prefix is None else self.prefix.expand(b, -1, -1)
         x, prefix = self.position(x, prefix)

@@ -1,0 +1,199 @@
+"""One pre-norm transformer block over many tiny token sets, in one kernel: what TNT does to the words of its tokens.
+
+The kernel's words are `(sets, channels, words)` in memory. It keeps only its input for the backward pass and computes
+the rest again, which is cheaper than reading it. `serves` tells where it stands for an encoder; everywhere else, and
+in float64, the encoder's own forward runs, which is the reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blocks.attention import Attention
+from blocks.base import ScorePosition
+from blocks.gates import NoGate
+from blocks.kernels import native
+from blocks.mlp import GELU, Mlp
+from blocks.norms import LayerNorm
+from blocks.residual import Residual, drop_path
+from blocks.transformer import Encoder
+
+MOST_WORDS, MOST_WIDTH = 64, 64  # beyond, ordinary matrix products are as fast
+
+
+def serves(block: nn.Module, words: Tensor) -> bool:
+    """Whether the kernel computes what `block` would on these words `(sets, m, c)`, on their device and in their type.
+
+    The parts must be exactly those known here, and without hooks, which would not be called.
+    """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # a saved graph should run without this package
+        return False
+    if not isinstance(block, Encoder) or not standard(block):
+        return False
+    if words.shape[1] > MOST_WORDS or words.shape[2] > MOST_WIDTH:
+        return False
+    device = words.device.type
+    if words.dtype != torch.float32 and not (
+        words.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(device)
+    ):
+        return False
+    for p in parameters(block):
+        if p is not None and (p.dtype != torch.float32 or p.device != words.device or type(p) not in PLAIN):
+            return False
+    return device == "cpu" and available()
+
+
+PLAIN = (Tensor, nn.Parameter)
+
+
+def standard(block: Encoder) -> bool:
+    """Whether a block is the textbook encoder: known parts, nothing between them, no dropout inside a branch."""
+    mixer, mlp = block.mixer, block.mlp
+    if type(block) is not Encoder or type(mixer) is not Attention or type(mlp) is not Mlp or type(mlp.act) is not GELU:
+        return False
+    if type(mixer.position) is not ScorePosition or type(mixer.gate) is not NoGate:
+        return False
+    if block.training and (mixer.attn_drop > 0 or mixer.proj_drop.p > 0 or mlp.drop.p > 0):
+        return False
+    norms, residuals = (block.norm1, block.norm2), (block.mixer_residual, block.mlp_residual)
+    layers = (mixer.qkv, mixer.proj, mlp.fc1, mlp.fc2)
+    if any(type(part) is not LayerNorm for part in norms) or any(type(part) is not nn.Linear for part in layers):
+        return False
+    if any(type(r) is not Residual or type(r.gate) is not NoGate or r.layer_scale is not None or r.scale != 1.0
+           for r in residuals):  # fmt: skip
+        return False
+    return not any(hooked(part) for part in (block, mixer, mlp, mlp.act, *norms, *residuals, *layers))
+
+
+def hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def parameters(block: Any) -> tuple[Tensor | None, ...]:
+    """A block's parameters in the order of the kernels."""
+    mixer, mlp = block.mixer, block.mlp
+    return (
+        block.norm1.weight, block.norm1.bias, mixer.qkv.weight, mixer.qkv.bias, mixer.proj.weight, mixer.proj.bias,
+        block.norm2.weight, block.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+    )  # fmt: skip
+
+
+def run(block: Any, words: Tensor) -> Tensor:
+    """What `block` makes of words `(sets, m, c)`; the result lies as `(sets, c, m)` in memory.
+
+    Args:
+        block: an encoder that the kernel serves.
+        words: best as such a result, or they are copied once.
+    """
+    x = words.transpose(1, 2).contiguous().float()
+    s1, s2 = (kept(residual, x) for residual in (block.mixer_residual, block.mlp_residual))
+    y = inner(x, *parameters(block), s1, s2, block.mixer.heads, block.norm1.eps, block.norm2.eps)
+    return y.to(words.dtype).transpose(1, 2)
+
+
+def kept(residual: Residual, x: Tensor) -> Tensor | None:
+    """What stochastic depth multiplies a branch of each set by: the numbers that `residual` would draw, or None."""
+    if not residual.training or residual.rate == 0.0:
+        return None
+    return drop_path(x.new_ones(x.shape[0], 1, 1), residual.rate).flatten()
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    return native.library() is not None
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [
+        ("sets", ctypes.c_int64), ("words", ctypes.c_int32), ("width", ctypes.c_int32), ("heads", ctypes.c_int32),
+        ("hidden", ctypes.c_int32), ("eps1", ctypes.c_float), ("eps2", ctypes.c_float), ("threads", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+def call(
+    library: ctypes.CDLL,
+    name: str,
+    x: Tensor,
+    params: list[Tensor | None],
+    factors: list[Tensor | None],
+    settings: tuple[int, float, float],
+    *rest: Tensor | list[Tensor | None],
+) -> None:
+    """Calls a function of `inner.cpp`: `rest` are its further tensors, or arrays of tensors."""
+    heads, eps1, eps2 = settings
+    fc1 = params[8]
+    assert fc1 is not None
+    shape = Shape(x.shape[0], x.shape[2], x.shape[1], heads, fc1.shape[0], eps1, eps2, torch.get_num_threads())
+    params = [None if p is None else p.contiguous() for p in params]
+
+    def address(value: Tensor | list[Tensor | None] | None) -> Any:
+        if isinstance(value, list):
+            return (ctypes.c_void_p * len(value))(*(None if p is None else p.data_ptr() for p in value))
+        return None if value is None else ctypes.c_void_p(value.data_ptr())
+
+    values = [params, x, *factors, *rest]
+    if getattr(library, name)(ctypes.byref(shape), *(address(value) for value in values), native.threads()):
+        raise MemoryError(f"no memory for {name}")
+
+
+@torch.library.custom_op("tessera::inner", mutates_args=(), device_types="cpu")
+def inner(
+    x: Tensor, norm1_w: Tensor, norm1_b: Tensor, qkv_w: Tensor, qkv_b: Tensor | None, proj_w: Tensor, proj_b: Tensor,
+    norm2_w: Tensor, norm2_b: Tensor, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor, fc2_b: Tensor,
+    s1: Tensor | None, s2: Tensor | None, heads: int, eps1: float, eps2: float,
+) -> Tensor:  # fmt: skip
+    """The block on float32 words `(sets, c, m)`; `s1`, `s2` `(sets,)` scale its two branches."""
+    library = native.library()
+    assert library is not None
+    params = [norm1_w, norm1_b, qkv_w, qkv_b, proj_w, proj_b, norm2_w, norm2_b, fc1_w, fc1_b, fc2_w, fc2_b]
+    y = torch.empty_like(x)
+    call(library, "inner_forward", x, params, [s1, s2], (heads, eps1, eps2), y)
+    return y
+
+
+@inner.register_fake
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("tessera::inner_backward", mutates_args=(), device_types="cpu")
+def inner_backward(
+    dy: Tensor, x: Tensor, norm1_w: Tensor, norm1_b: Tensor, qkv_w: Tensor, qkv_b: Tensor | None, proj_w: Tensor,
+    proj_b: Tensor, norm2_w: Tensor, norm2_b: Tensor, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor, fc2_b: Tensor,
+    s1: Tensor | None, s2: Tensor | None, heads: int, eps1: float, eps2: float,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of x and of the parameters that are there, in the order of `inner`."""
+    library = native.library()
+    assert library is not None
+    params = [norm1_w, norm1_b, qkv_w, qkv_b, proj_w, proj_b, norm2_w, norm2_b, fc1_w, fc1_b, fc2_w, fc2_b]
+    dx = torch.empty_like(x)
+    grads = [None if p is None else torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
+    call(library, "inner_backward", x, params, [s1, s2], (heads, eps1, eps2), dy.contiguous(), dx, grads)
+    return [dx, *(grad for grad in grads if grad is not None)]
+
+
+@inner_backward.register_fake
+def _(dy: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    return [torch.empty_like(x), *(p.new_empty(p.shape) for p in rest[:12] if p is not None)]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:15])
+    ctx.settings = inputs[15:]
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    grads: list[Tensor | None] = list(inner_backward(dy, *saved, *ctx.settings))
+    if saved[4] is None:  # no bias of queries, keys and values
+        grads.insert(4, None)
+    return (*grads, None, None, None, None, None)
+
+
+inner.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,113 @@
+"""The C++ kernels: built once on a machine by its own compiler, kept in the user's cache, called through ctypes.
+
+The library has a plain C interface and knows nothing of torch, so that it builds in seconds and fits every version.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent / "cpp"
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread"]
+# What PyTorch calls the instructions that a processor has, and the environment has not forbidden.
+INSTRUCTIONS = {
+    "AVX512": ["-DLANES=16", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma",
+               "-mprefer-vector-width=512"],
+    "AVX2": ["-DLANES=8", "-mavx2", "-mfma"],
+}  # fmt: skip
+
+
+class NoKernel(Exception):
+    """Why there is no library: one line."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library for this processor, built where it is missing; None, and one line on stderr, where that fails."""
+    if sys.platform == "win32" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in INSTRUCTIONS:
+        return None
+    try:
+        return load(capability, cache_folder())
+    except NoKernel as reason:
+        print(f"no CPU kernel for the words of TNT, which run in plain PyTorch: {reason}", file=sys.stderr)
+        return None
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tessera"
+
+
+def load(capability: str, folder: Path) -> ctypes.CDLL:
+    """The library for `capability` in `folder`, built where it is missing. Raises NoKernel where that fails."""
+    files = sorted(SOURCES.iterdir())
+    text = b"".join(file.read_bytes() for file in files)
+    key = repr((text, FLAGS, INSTRUCTIONS[capability], platform.libc_ver()))
+    name = f"kernels_{capability.lower()}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / f"{name}.lock"):
+            if not (folder / name).exists():
+                build(capability, folder / name)
+            found = ctypes.CDLL(str(folder / name))
+    except OSError as error:
+        raise NoKernel(" ".join(str(error).split())) from error
+    return found
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock that dies with its process; where the file system has none, two may build, each for itself."""
+    import fcntl  # not on Windows
+
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+
+
+def build(capability: str, target: Path) -> None:
+    """Builds beside `target` and renames, so that it is never there by half. Raises NoKernel, OSError."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    compiler = asked or [found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))][:1]
+    if not compiler:
+        raise NoKernel("there is no C++ compiler (c++, g++ or clang++); install one to run them several times as fast")
+    print("building the CPU kernels, once on this machine …", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        command = [*compiler, *FLAGS, *INSTRUCTIONS[capability], str(SOURCES / "inner.cpp"), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit {done.returncode}"]
+            raise NoKernel(f"{compiler[0]} fails: {errors[0]}")
+        made.replace(target)
+
+
+@cache
+def threads() -> ctypes.c_void_p:
+    """OpenMP's entry for parallel work in the copy that torch uses: a second copy's threads would compete with it."""
+    folder = Path(torch.__file__).parent
+    for name in [None, *folder.glob("lib/libgomp*"), *folder.parent.glob("torch.libs/libgomp*")]:
+        try:
+            return ctypes.cast(ctypes.CDLL(None if name is None else str(name)).GOMP_parallel, ctypes.c_void_p)
+        except (OSError, AttributeError):
+            continue
+    return ctypes.c_void_p()
