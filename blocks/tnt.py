@@ -116,8 +116,9 @@ def joined(words: Tensor, norm: nn.Module, proj: nn.Module) -> Tensor:
     weights are turned, which are smaller.
     """
     turned = words.transpose(1, 2)
-    plain = type(norm) is LayerNorm and type(proj) is nn.Linear and not kernel.hooked(norm) and not kernel.hooked(proj)
-    if not plain or words.is_contiguous() or not turned.is_contiguous():
+    if type(norm) is not LayerNorm or type(proj) is not nn.Linear or kernel.hooked(norm) or kernel.hooked(proj):
+        return proj(norm(words.flatten(1)))
+    if words.is_contiguous() or not turned.is_contiguous():
         return proj(norm(words.flatten(1)))
 
     def turn(weight: Tensor) -> Tensor:

@@ -1,0 +1,370 @@
+"""The inner block's kernel against the encoder's own forward: in float64 for the numbers, in float32 for the net."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from blocks.attention import Attention
+from blocks.base import Features, Site, Words, to_map, tokens
+from blocks.gates import TanhGate
+from blocks.kernels import inner, native
+from blocks.mlp import Mlp, ReLU
+from blocks.norms import RMSNorm
+from blocks.positions import RelativeBias, RoPE
+from blocks.residual import Residual
+from blocks.tnt import TNT
+from blocks.transformer import Encoder
+from framework.weights import convert
+from tests.vectors import load, shapes, tnt
+
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler, or a processor without a kernel")
+
+# side of the words' grid, width, heads, ratio of the hidden width, biases of queries, keys and values, token sets
+CASES = [
+    (4, 24, 4, 4.0, False, 37),
+    (4, 12, 2, 4.0, True, 70),
+    (4, 40, 4, 4.0, True, 9),
+    (2, 24, 4, 4.0, False, 21),
+    (2, 12, 2, 4.0, False, 33),
+    (1, 8, 2, 2.0, True, 19),
+    (3, 10, 2, 3.0, True, 7),
+    (5, 20, 5, 1.5, False, 3),
+    (7, 6, 6, 5.0, False, 4),
+    (8, 64, 8, 2.0, True, 3),
+]
+
+
+def encoder(side: int, dim: int, heads: int = 2, ratio: float = 4.0, bias: bool = False, **parts: Any) -> Encoder:
+    """An encoder whose every parameter tells in the result."""
+    mixer = parts.pop("mixer", partial(Attention, heads=heads, qkv_bias=bias))
+    mlp = parts.pop("mlp", partial(Mlp, ratio=ratio))
+    site = Site.at(dim, side, drop_path=parts.pop("drop_path", 0.0))
+    block = Encoder(site, mixer=mixer, mlp=mlp, **parts)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.3)
+    return block
+
+
+def reference(block: Encoder, words: Tensor) -> Tensor:
+    side = round(words.shape[1] ** 0.5)
+    return tokens(block(Features(to_map(words, (side, side)))).map)
+
+
+def worst(got: Tensor | None, want: Tensor | None) -> float:
+    assert got is not None
+    assert want is not None
+    assert got.shape == want.shape
+    return ((got.double() - want).abs().max() / want.abs().max()).item()
+
+
+def errors(block: Encoder, run: Callable[[Encoder, Tensor], Tensor], words: Tensor, grad: Tensor) -> list[float]:
+    """Relative errors in float32 against float64 of the result, the input's gradient, and the parameters'."""
+    exact = deepcopy(block).double()
+    x, x64 = words.clone().requires_grad_(), words.double().requires_grad_()
+    want = reference(exact, x64)
+    want.backward(grad.double())
+    got = run(block, x)
+    got.backward(grad)
+    pairs = zip(block.parameters(), exact.parameters(), strict=True)
+    return [worst(got, want), worst(x.grad, x64.grad), *(worst(p.grad, q.grad) for p, q in pairs)]
+
+
+@pytest.fixture(params=["AVX512", "AVX2"])
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each form of the kernel that this processor runs."""
+    if CAPABILITY == "AVX2" and request.param == "AVX512":
+        pytest.skip("a processor without AVX-512")
+    found = native.load(request.param, native.cache_folder())
+    monkeypatch.setattr(native, "library", lambda: found)
+    return request.param
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_exact_as_torch(case: tuple[Any, ...], capability: str) -> None:
+    side, dim, heads, ratio, bias, sets = case
+    torch.manual_seed(0)
+    block = encoder(side, dim, heads, ratio, bias)
+    words, grad = torch.randn(sets, side * side, dim), torch.randn(sets, side * side, dim)
+    assert inner.serves(block, words)
+    ours = errors(deepcopy(block), inner.run, words, grad)
+    theirs = errors(deepcopy(block), reference, words, grad)
+    assert len(ours) == (14 if bias else 13)
+    assert max(ours) < 2 * max(theirs) + 1e-6
+
+
+def test_threads_share_the_work(capability: str, threads: int) -> None:
+    torch.manual_seed(0)
+    block = encoder(4, 24, 4)
+    words, grad = torch.randn(100, 16, 24), torch.randn(100, 16, 24)
+    assert max(errors(block, inner.run, words, grad)) < 2e-6
+    again = deepcopy(block)
+    first = [p.grad.clone() for p in block.parameters() if p.grad is not None]
+    again.zero_grad()
+    errors(again, inner.run, words, grad)
+    for p, q in zip(again.parameters(), first, strict=True):
+        assert p.grad is not None
+        assert p.grad.equal(q)  # bit by bit
+
+
+def test_threads_without_openmp(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    from ctypes import c_void_p
+
+    monkeypatch.setattr(native, "threads", c_void_p)
+    torch.manual_seed(0)
+    words, grad = torch.randn(100, 16, 24), torch.randn(100, 16, 24)
+    assert max(errors(encoder(4, 24, 4), inner.run, words, grad)) < 2e-6
+
+
+def test_stochastic_depth_draws_the_same(capability: str) -> None:
+    torch.manual_seed(0)
+    block = encoder(4, 12, drop_path=0.4)
+    words, grad = torch.randn(50, 16, 12), torch.randn(50, 16, 12)
+    results = []
+    for run in (reference, inner.run):
+        torch.manual_seed(7)
+        block.zero_grad()
+        out = run(block, words)
+        out.backward(grad)
+        results.append([out.detach(), *(p.grad.clone() for p in block.parameters() if p.grad is not None)])
+        after = torch.rand(1)
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.manual_seed(7)
+    reference(block, words)
+    assert after == torch.rand(1)
+    assert not results[0][0].allclose(reference(block.eval(), words), atol=1e-2)
+
+
+def test_not_a_number_stays_one() -> None:
+    block, words = encoder(4, 24, 4), torch.randn(8, 16, 24)
+    words[3, 5, 7] = float("nan")
+    out = inner.run(block, words)
+    assert out[3].isnan().all()
+    assert out[[0, 1, 2, 4, 5, 6, 7]].isfinite().all()
+    for name in ("norm1.weight", "mixer.qkv.weight", "mlp.fc1.weight", "mlp.fc2.bias"):
+        broken = deepcopy(block)
+        broken.get_parameter(name).data.view(-1)[0] = float("nan")
+        assert inner.run(broken, words)[0].isnan().any(), name
+
+
+def test_operators_are_well_formed() -> None:
+    block = encoder(2, 12)
+    x = torch.randn(5, 12, 4, requires_grad=True)
+    args = (x, *inner.parameters(block), None, torch.rand(5), 2, 1e-5, 1e-5)
+    torch.library.opcheck(
+        inner.inner, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+    )
+
+
+def test_second_derivatives_say_that_there_are_none() -> None:
+    block, words = encoder(2, 12), torch.randn(5, 4, 12, requires_grad=True)
+    (grad,) = torch.autograd.grad(inner.run(block, words).sum(), words, create_graph=True)
+    with pytest.raises(RuntimeError, match="tessera"):
+        grad.sum().backward()
+
+
+# ---- where it stands, and where not
+
+
+OTHERS: dict[str, Callable[[], Encoder]] = {
+    "scores": lambda: encoder(4, 12, mixer=partial(Attention, heads=2, position=RelativeBias())),
+    "rotation": lambda: encoder(4, 12, mixer=partial(Attention, heads=2, position=RoPE())),
+    "gate": lambda: encoder(4, 12, mixer=partial(Attention, heads=2, gate=TanhGate)),
+    "residual gate": lambda: encoder(4, 12, mlp_residual=partial(Residual, gate=TanhGate)),
+    "layer scale": lambda: encoder(4, 12, mixer_residual=partial(Residual, layer_scale=0.1)),
+    "factor": lambda: encoder(4, 12, mlp_residual=partial(Residual, scale=0.5)),
+    "activation": lambda: encoder(4, 12, mlp=partial(Mlp, act=ReLU)),
+    "norm": lambda: encoder(4, 12, norm=RMSNorm),
+    "dropout": lambda: encoder(4, 12, mlp=partial(Mlp, drop=0.1)),
+    "attention dropout": lambda: encoder(4, 12, mixer=partial(Attention, heads=2, attn_drop=0.1)),
+    "float64": lambda: encoder(4, 12).double(),
+    "bfloat16": lambda: encoder(4, 12).bfloat16(),
+    "subclass": lambda: type("Own", (Encoder,), {"__module__": "own"})(Site.at(16, 4)),
+    "width": lambda: encoder(4, 72),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_leaves_other_blocks_alone(name: str) -> None:
+    block = OTHERS[name]()
+    dim, dtype = block.norm1.weight.shape[0], block.norm1.weight.dtype
+    assert not inner.serves(block, torch.randn(3, 16, dim, dtype=dtype))
+
+
+def test_dropout_is_none_in_evaluation() -> None:
+    words = torch.randn(3, 16, 12)
+    assert inner.serves(OTHERS["dropout"]().eval(), words)
+    assert inner.serves(OTHERS["attention dropout"]().eval(), words)
+
+
+@pytest.mark.parametrize("part", ["", "norm1", "mixer", "mixer.qkv", "mlp.fc2", "mlp_residual"])
+def test_hooks_are_called(part: str) -> None:
+    block = tnt_block()
+    called = []
+    handle = block.inner.get_submodule(part).register_forward_hook(lambda *args: called.append(1))
+    block(features())
+    assert called
+    handle.remove()
+    assert inner.serves(block.inner, torch.randn(3, 16, 12))
+
+
+def tnt_block(**parts: Any) -> TNT:
+    site = Site.at(32, 2, prefix=1, words=Words(12, (4, 4), over=(2, 2)))
+    small = partial(Encoder, mixer=partial(Attention, heads=2))
+    torch.manual_seed(3)
+    block = TNT(site, inner=small, outer=small, **parts)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.2)
+    return block
+
+
+def features(**options: Any) -> Features:
+    torch.manual_seed(4)
+    map = torch.randn(3, 32, 2, 2, **options).contiguous(memory_format=torch.channels_last)
+    return Features(map, torch.randn(3, 1, 32, **options), torch.randn(12, 16, 12, **options))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each run of the kernel."""
+    found: list[int] = []
+    run = inner.run
+    monkeypatch.setattr(inner, "run", lambda *args: (found.append(1), run(*args))[1])
+    return found
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_words_stay_where_the_kernel_wants_them(legacy: bool, calls: list[int]) -> None:
+    block = tnt_block(legacy=legacy)
+    first = block(features())
+    second = block(first)
+    assert len(calls) == 2
+    assert second.words is not None
+    assert second.words.shape == (12, 16, 12)
+    assert second.words.transpose(1, 2).is_contiguous()
+    exact = deepcopy(block).double()
+    want = exact(exact(Features(*(t.double() for t in features() if t is not None))))
+    assert len(calls) == 2
+    for got, expected in zip(second[:3], want[:3], strict=True):
+        assert got is not None
+        assert worst(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_gives_the_type_that_the_encoder_gives(dtype: torch.dtype) -> None:
+    block, words = encoder(4, 24, 4), torch.randn(6, 16, 24).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert inner.serves(block, words)
+        got, want = inner.run(block, words), reference(block, words)
+    assert got.dtype == want.dtype == dtype
+    exact = reference(deepcopy(block).double(), words.double())
+    assert worst(got, exact) <= 1.1 * worst(want, exact)
+    assert not inner.serves(block, words.bfloat16())  # outside
+
+
+def gradients(block: nn.Module, run: Callable[[Features], Features]) -> list[Tensor]:
+    block.zero_grad()
+    out = run(features())
+    (out.map.square().sum() + out.words.square().sum()).backward()  # type: ignore[union-attr]
+    return [out.map.detach(), *(p.grad.clone() for p in block.parameters() if p.grad is not None)]
+
+
+def test_compiles_checkpoints_and_copies(calls: list[int]) -> None:
+    block = tnt_block().train()
+    want = gradients(block, block)
+    runs = len(calls)
+    assert runs == 1
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    again = deepcopy(block)
+    results = [
+        gradients(block, compiled),
+        gradients(block, lambda x: checkpoint(block, x, use_reentrant=False)),
+        gradients(again, again),
+    ]
+    assert len(calls) > runs + 2
+    for found in results:
+        for got, expected in zip(found, want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_exports_in_plain_operators(calls: list[int]) -> None:
+    block = tnt_block().eval()
+    want = block(features())
+    program = torch.export.export(block, (features(),))
+    assert len(calls) == 1
+    assert not any("tessera" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(features()).map, want.map, rtol=1e-4, atol=1e-4)
+    with torch.device("meta"):
+        assert tnt_block()(features()).map.shape == want.map.shape
+
+
+# ---- whole nets
+
+
+@pytest.mark.parametrize("name", ["tnt_m16_basic", "tnt_m16_se", "tnt_m4"])
+def test_golden_nets_in_float32(name: str, calls: list[int]) -> None:
+    vector = load(name)
+    args = vector.args
+    net = tnt(
+        args["img_size"], args["patch_size"], args["num_classes"], args["outer_dim"], args["inner_dim"],
+        args["depth"], args["inner_num_heads"], args["outer_num_heads"], args["inner_stride"], se=bool(args["se"]),
+    ).imported(vector.state).float()  # fmt: skip
+    torch.testing.assert_close(net(vector["input"].float()).double(), vector["logits"], rtol=0, atol=1e-5)
+    assert len(calls) == args["depth"]
+
+
+@pytest.mark.parametrize("name", ["tnt_s_patch16_224", "tnt_s_legacy_patch16_224"])
+def test_tnt_s_equals_timm(name: str, calls: list[int]) -> None:
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, depth=3).eval()
+    for p in theirs.parameters():
+        if p.dim() == 1:
+            nn.init.normal_(p.data, p.data.mean().item(), 0.1)
+    ours = tnt(legacy="legacy" in name, depth=3)
+    ours.load_state_dict(convert(theirs.state_dict(), shapes(ours)))
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(images), theirs(images), rtol=0, atol=1e-5)
+    assert len(calls) == 3
+
+
+def test_training_takes_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    images, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 10
+
+    def losses() -> list[float]:
+        torch.manual_seed(0)
+        net = tnt(8, 2, 10, 48, 12, 3, 2, 4, 1)
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+        found = []
+        for _ in range(12):
+            loss = nn.functional.cross_entropy(net(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    ours = losses()
+    monkeypatch.setattr(inner, "serves", lambda block, words: False)
+    theirs = losses()
+    assert theirs[-1] < theirs[0] - 0.3
+    assert ours == pytest.approx(theirs, abs=2e-3)
