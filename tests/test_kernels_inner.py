@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blocks.attention import Attention
-from blocks.base import Features, Site, Words, to_map, tokens
+from blocks.base import Features, Site, Words
 from blocks.gates import TanhGate
 from blocks.kernels import inner, native
 from blocks.mlp import Mlp, ReLU
@@ -24,6 +24,7 @@ from blocks.residual import Residual
 from blocks.tnt import TNT
 from blocks.transformer import Encoder
 from framework.weights import convert
+from tests.kernels import encoder, reference, worst
 from tests.vectors import load, shapes, tnt
 
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
@@ -42,29 +43,6 @@ CASES = [
     (7, 6, 6, 5.0, False, 4),
     (8, 64, 8, 2.0, True, 3),
 ]
-
-
-def encoder(side: int, dim: int, heads: int = 2, ratio: float = 4.0, bias: bool = False, **parts: Any) -> Encoder:
-    """An encoder whose every parameter tells in the result."""
-    mixer = parts.pop("mixer", partial(Attention, heads=heads, qkv_bias=bias))
-    mlp = parts.pop("mlp", partial(Mlp, ratio=ratio))
-    site = Site.at(dim, side, drop_path=parts.pop("drop_path", 0.0))
-    block = Encoder(site, mixer=mixer, mlp=mlp, **parts)
-    for p in block.parameters():
-        nn.init.normal_(p, std=0.3)
-    return block
-
-
-def reference(block: Encoder, words: Tensor) -> Tensor:
-    side = round(words.shape[1] ** 0.5)
-    return tokens(block(Features(to_map(words, (side, side)))).map)
-
-
-def worst(got: Tensor | None, want: Tensor | None) -> float:
-    assert got is not None
-    assert want is not None
-    assert got.shape == want.shape
-    return ((got.double() - want).abs().max() / want.abs().max()).item()
 
 
 def errors(block: Encoder, run: Callable[[Encoder, Tensor], Tensor], words: Tensor, grad: Tensor) -> list[float]:
@@ -168,7 +146,7 @@ def test_not_a_number_stays_one() -> None:
 def test_operators_are_well_formed() -> None:
     block = encoder(2, 12)
     x = torch.randn(5, 12, 4, requires_grad=True)
-    args = (x, *inner.parameters(block), None, torch.rand(5), 2, 1e-5, 1e-5)
+    args = (x, *inner.parameters(block), None, torch.rand(5), 2, 1e-5, 1e-5, "ieee")
     torch.library.opcheck(
         inner.inner, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from blocks.kernels import inner, native
-from tests.test_kernels_inner import encoder
+from tests.kernels import encoder
 
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler, or a processor without a kernel")

@@ -8,6 +8,9 @@ in float64, the encoder's own forward runs, which is the reference.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,6 +47,12 @@ def serves(block: nn.Module, words: Tensor) -> bool:
     for p in parameters(block):
         if p is not None and (p.dtype != torch.float32 or p.device != words.device or type(p) not in PLAIN):
             return False
+    if device == "cuda":
+        mixer = block.mixer
+        assert isinstance(mixer, Attention)
+        assert isinstance(block.mlp, Mlp)
+        hidden, bias = block.mlp.fc1.out_features, mixer.qkv.bias is not None
+        return works(words.shape[1], words.shape[2], mixer.heads, hidden, bias, precision(words))
     return device == "cpu" and available()
 
 
@@ -93,7 +102,8 @@ def run(block: Any, words: Tensor) -> Tensor:
     """
     x = words.transpose(1, 2).contiguous().float()
     s1, s2 = (kept(residual, x) for residual in (block.mixer_residual, block.mlp_residual))
-    y = inner(x, *parameters(block), s1, s2, block.mixer.heads, block.norm1.eps, block.norm2.eps)
+    settings = (block.mixer.heads, block.norm1.eps, block.norm2.eps, precision(words))
+    y = inner(x, *parameters(block), s1, s2, *settings)
     return y.to(words.dtype).transpose(1, 2)
 
 
@@ -104,9 +114,41 @@ def kept(residual: Residual, x: Tensor) -> Tensor | None:
     return drop_path(x.new_ones(x.shape[0], 1, 1), residual.rate).flatten()
 
 
+def precision(words: Tensor) -> str:
+    """What the kernel multiplies in on CUDA, as autocast and `torch.set_float32_matmul_precision` ask."""
+    if words.device.type != "cuda":
+        return "ieee"
+    if torch.is_autocast_enabled("cuda"):
+        return "bf16" if torch.get_autocast_dtype("cuda") == torch.bfloat16 else "fp16"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 @torch.compiler.assume_constant_result
 def available() -> bool:
     return native.library() is not None
+
+
+@torch.compiler.assume_constant_result
+@cache
+def works(words: int, width: int, heads: int, hidden: int, bias: bool, precision: str) -> bool:
+    """Whether Triton is there and its kernels run on this GPU: both are tried, once for each form of the block."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from blocks.kernels import inner_triton
+
+    c, three = (width,), (3 * width,)
+    shapes: list[tuple[int, ...] | None] = [c, c, (*three, *c), three if bias else None, (*c, *c), c, c, c,
+                                            (hidden, *c), (hidden,), (*c, hidden), c]  # fmt: skip
+    try:
+        params = [None if shape is None else torch.ones(shape, device="cuda") for shape in shapes]
+        x = torch.ones(2, width, words, device="cuda")
+        y = inner_triton.forward(x, params, [None, None], (heads, 1e-5, 1e-5), precision)
+        grads = inner_triton.backward(y, x, params, [None, None], (heads, 1e-5, 1e-5), precision)
+        return all(bool(t.isfinite().all()) for t in (y, *grads))
+    except Exception as error:  # a compiler's: anything
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        print(f"no Triton kernel for the words of TNT, which run in plain PyTorch: {line}", file=sys.stderr)
+        return False
 
 
 class Shape(ctypes.Structure):
@@ -142,19 +184,32 @@ def call(
         raise MemoryError(f"no memory for {name}")
 
 
+def _split(rest: tuple[Any, ...]) -> tuple[list[Tensor | None], list[Tensor | None], tuple[int, float, float], str]:
+    """What follows x: parameters, factors, heads and eps, precision."""
+    return [None if p is None else p.contiguous() for p in rest[:12]], list(rest[12:14]), rest[14:17], rest[17]
+
+
 @torch.library.custom_op("tessera::inner", mutates_args=(), device_types="cpu")
 def inner(
     x: Tensor, norm1_w: Tensor, norm1_b: Tensor, qkv_w: Tensor, qkv_b: Tensor | None, proj_w: Tensor, proj_b: Tensor,
     norm2_w: Tensor, norm2_b: Tensor, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor, fc2_b: Tensor,
-    s1: Tensor | None, s2: Tensor | None, heads: int, eps1: float, eps2: float,
+    s1: Tensor | None, s2: Tensor | None, heads: int, eps1: float, eps2: float, precision: str,
 ) -> Tensor:  # fmt: skip
-    """The block on float32 words `(sets, c, m)`; `s1`, `s2` `(sets,)` scale its two branches."""
+    """The block on float32 words `(sets, c, m)`; `s1`, `s2` `(sets,)` scale its two branches; float32 on the CPU."""
     library = native.library()
     assert library is not None
     params = [norm1_w, norm1_b, qkv_w, qkv_b, proj_w, proj_b, norm2_w, norm2_b, fc1_w, fc1_b, fc2_w, fc2_b]
     y = torch.empty_like(x)
     call(library, "inner_forward", x, params, [s1, s2], (heads, eps1, eps2), y)
     return y
+
+
+@inner.register_kernel("cuda")
+def _(x: Tensor, *rest: Any) -> Tensor:
+    from blocks.kernels import inner_triton
+
+    with torch.cuda.device(x.device):
+        return inner_triton.forward(x, *_split(rest))
 
 
 @inner.register_fake
@@ -166,7 +221,7 @@ def _(x: Tensor, *rest: Any) -> Tensor:
 def inner_backward(
     dy: Tensor, x: Tensor, norm1_w: Tensor, norm1_b: Tensor, qkv_w: Tensor, qkv_b: Tensor | None, proj_w: Tensor,
     proj_b: Tensor, norm2_w: Tensor, norm2_b: Tensor, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor, fc2_b: Tensor,
-    s1: Tensor | None, s2: Tensor | None, heads: int, eps1: float, eps2: float,
+    s1: Tensor | None, s2: Tensor | None, heads: int, eps1: float, eps2: float, precision: str,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of x and of the parameters that are there, in the order of `inner`."""
     library = native.library()
@@ -176,6 +231,14 @@ def inner_backward(
     grads = [None if p is None else torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
     call(library, "inner_backward", x, params, [s1, s2], (heads, eps1, eps2), dy.contiguous(), dx, grads)
     return [dx, *(grad for grad in grads if grad is not None)]
+
+
+@inner_backward.register_kernel("cuda")
+def _(dy: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    from blocks.kernels import inner_triton
+
+    with torch.cuda.device(x.device):
+        return inner_triton.backward(dy.contiguous(), x, *_split(rest))
 
 
 @inner_backward.register_fake
@@ -193,7 +256,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = list(inner_backward(dy, *saved, *ctx.settings))
     if saved[4] is None:  # no bias of queries, keys and values
         grads.insert(4, None)
-    return (*grads, None, None, None, None, None)
+    return (*grads, None, None, None, None, None, None)
 
 
 inner.register_autograd(_backward, setup_context=_keep)

@@ -261,7 +261,7 @@ def _sizes(x: Tensor, heads: int, hidden: int, eps1: float, eps2: float) -> tupl
 
 def _options(params: list[Tensor | None], factors: list[Tensor | None], precision: str) -> dict[str, Any]:
     return {"BIAS": params[3] is not None, "S1": factors[0] is not None, "S2": factors[1] is not None,
-            "PREC": precision, "num_warps": 4, "num_stages": 1}  # fmt: skip
+            "PREC": precision, "num_stages": 1}  # fmt: skip
 
 
 def _filled(x: Tensor, tensors: list[Tensor | None]) -> list[Tensor]:
@@ -278,8 +278,10 @@ def forward(
     y = torch.empty_like(x)
     numbers, sides = _sizes(x, settings[0], fc1.shape[0], *settings[1:])
     tiles = triton.cdiv(x.shape[0], sides["TOK"] // sides["MP"])
-    _forward[(tiles,)](x, y, *_filled(x, params), *_filled(x, factors), *numbers, **sides,
-                       **_options(params, factors, prec))  # fmt: skip
+    _forward[(tiles,)](
+        x, y, *_filled(x, params), *_filled(x, factors), *numbers,
+        **sides, **_options(params, factors, prec), num_warps=4,
+    )  # fmt: skip
     return y
 
 
@@ -295,6 +297,8 @@ def backward(
     tiles = triton.cdiv(x.shape[0], sides["TOK"] // sides["MP"])
     programs = min(tiles, PROGRAMS)
     grads = [None if p is None else x.new_zeros(programs, *p.shape) for p in params]
-    _backward[(programs,)](x, dy, dx, *_filled(x, params), *_filled(x, factors), *_filled(x, grads), *numbers, tiles,
-                           **sides, **_options(params, factors, prec))  # fmt: skip
+    _backward[(programs,)](
+        x, dy, dx, *_filled(x, params), *_filled(x, factors), *_filled(x, grads), *numbers, tiles,
+        **sides, **_options(params, factors, prec), num_warps=8,
+    )  # fmt: skip
     return [dx, *(g.sum(0) for g in grads if g is not None)]

@@ -1,0 +1,36 @@
+"""What the tests of kernels share."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from blocks.attention import Attention
+from blocks.base import Features, Site, to_map, tokens
+from blocks.mlp import Mlp
+from blocks.transformer import Encoder
+
+
+def encoder(side: int, dim: int, heads: int = 2, ratio: float = 4.0, bias: bool = False, **parts: Any) -> Encoder:
+    """An encoder whose every parameter tells in the result."""
+    mixer = parts.pop("mixer", partial(Attention, heads=heads, qkv_bias=bias))
+    mlp = parts.pop("mlp", partial(Mlp, ratio=ratio))
+    site = Site.at(dim, side, drop_path=parts.pop("drop_path", 0.0))
+    block = Encoder(site, mixer=mixer, mlp=mlp, **parts)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.3)
+    return block
+
+
+def reference(block: Encoder, words: Tensor) -> Tensor:
+    side = round(words.shape[1] ** 0.5)
+    return tokens(block(Features(to_map(words, (side, side)))).map)
+
+
+def worst(got: Tensor | None, want: Tensor | None) -> float:
+    assert got is not None
+    assert want is not None
+    assert got.shape == want.shape
+    return ((got.double() - want).abs().max() / want.abs().max()).item()
