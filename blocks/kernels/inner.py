@@ -33,13 +33,15 @@ def serves(block: nn.Module, words: Tensor) -> bool:
 
     The parts must be exactly those known here, and without hooks, which would not be called.
     """
+    device = words.device.type
+    if device not in ("cpu", "cuda"):
+        return False
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # a saved graph should run without this package
         return False
     if not isinstance(block, Encoder) or not standard(block):
         return False
     if words.shape[1] > MOST_WORDS or words.shape[2] > MOST_WIDTH:
         return False
-    device = words.device.type
     if words.dtype != torch.float32 and not (
         words.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(device)
     ):
@@ -53,7 +55,7 @@ def serves(block: nn.Module, words: Tensor) -> bool:
         assert isinstance(block.mlp, Mlp)
         hidden, bias = block.mlp.fc1.out_features, mixer.qkv.bias is not None
         return works(words.shape[1], words.shape[2], mixer.heads, hidden, bias, precision(words))
-    return device == "cpu" and available()
+    return available()
 
 
 PLAIN = (Tensor, nn.Parameter)
@@ -179,6 +181,7 @@ def call(
             return (ctypes.c_void_p * len(value))(*(None if p is None else p.data_ptr() for p in value))
         return None if value is None else ctypes.c_void_p(value.data_ptr())
 
+    assert x.is_contiguous()
     values = [params, x, *factors, *rest]
     if getattr(library, name)(ctypes.byref(shape), *(address(value) for value in values), native.threads()):
         raise MemoryError(f"no memory for {name}")
