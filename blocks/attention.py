@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from blocks.base import GateFactory, Grid, Mixer, Position, ScorePosition, Shape, Site, linear
 from blocks.gates import NoGate
+from blocks.kernels.attention import attend
+from blocks.kernels.linear import linear as fast_linear
 from blocks.positions import NetPosition
 
 
@@ -66,13 +67,13 @@ class Attention(Mixer):
         else:
             # Only prefix rows are wanted, which no encoding turns; keys and values are needed of every token.
             b_q, b_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split([c, 2 * c])
-            q = F.linear(x[:, :rows], self.qkv.weight[:c], b_q)
-            kv = F.linear(x, self.qkv.weight[c:], b_kv)
+            q = fast_linear(x[:, :rows], self.qkv.weight[:c], b_q)
+            kv = fast_linear(x, self.qkv.weight[c:], b_kv)
             q = q.view(b, rows, self.heads, self.head_dim).transpose(1, 2)
             k, v = kv.view(b, n, 2, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         bias = self.position.bias(grid)
         if bias is not None:
             bias = bias[:, :, : q.shape[2]].to(q.dtype)
         drop = self.attn_drop if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, self.position.rotate(k, grid), v, attn_mask=bias, dropout_p=drop)
+        y = attend(q, self.position.rotate(k, grid), v, bias, drop)
         return self.proj_drop(self.gate(self.proj(y.transpose(1, 2).reshape(b, -1, c))))

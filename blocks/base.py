@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from blocks.kernels.linear import Linear
+
 Grid = tuple[int, int]
 
 PARTS = frozenset({"map", "prefix", "words"})
@@ -264,7 +266,7 @@ class Block(nn.Module, ABC):
 
 def linear(dim: int, out: int, bias: bool = True) -> nn.Linear:
     """A Linear with weights from N(0, .02²), cut off at ±2, and zero biases: the init of all families here."""
-    layer = nn.Linear(dim, out, bias)
+    layer = Linear(dim, out, bias)
     nn.init.trunc_normal_(layer.weight, std=0.02)
     if bias:
         nn.init.zeros_(layer.bias)

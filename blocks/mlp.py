@@ -6,13 +6,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocks.base import Act, ActFactory, FeedForward, Grid, Site, linear
+from blocks.kernels.linear import recomputable
 
 
 class GELU(Act):
     """Gaussian error linear unit, the exact erf form that TNT, DeiT and T2T use (arXiv 1606.08415)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(x)
+        return recomputable(F.gelu, x)
 
 
 class ReLU(Act):

@@ -30,6 +30,7 @@ from blocks.base import (
     to_map,
     tokens,
 )
+from blocks.kernels.attention import attend
 from blocks.mlp import Mlp, ReLU, round_width
 from blocks.norms import BatchNorm
 from blocks.positions import NetPosition
@@ -134,7 +135,7 @@ class EMHSA(Mixer):
             part.view(b, -1, self.heads, self.head_dim).transpose(1, 2) for part in (self.q(x), self.k(y), self.v(y))
         )
         q, k = self.position.rotate(q, grid), self.position.rotate(k, grid)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.position.bias(grid))
+        out = attend(q, k, v, self.position.bias(grid))
         return self.proj(out.transpose(1, 2).reshape(b, n, c))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from blocks.base import Norm
+from blocks.kernels.linear import recomputable
 
 
 class LayerNorm(nn.LayerNorm, Norm):
@@ -20,6 +22,12 @@ class LayerNorm(nn.LayerNorm, Norm):
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__(dim, eps=eps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return recomputable(self._normalised, input, self.weight, self.bias)
+
+    def _normalised(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm, Norm):

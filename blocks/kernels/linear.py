@@ -1,0 +1,133 @@
+"""Linear layers that run, and are differentiated, by the fastest matrix products and with the least memory.
+
+On the CPU a float32 product goes to oneDNN where that is faster. For the backward pass a Linear keeps its input, unless
+that can be computed again from something that is kept anyway: a norm's or an activation's output carries how it was
+made (`recomputable`), and the Linear behind it keeps that instead. Under autocast it keeps no copy of its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blocks.kernels import onednn
+
+PLAIN = (Tensor, nn.Parameter)
+
+# Others run torch's own Linear; float64 is the reference that the rest is held against.
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Recipe(NamedTuple):
+    """How a tensor was made: `make(*parts)`. It holds for that version of the tensor, and for those of the parts."""
+
+    make: Callable[..., Tensor]
+    parts: tuple[Tensor, ...]
+    version: int
+
+
+def recorded() -> bool:
+    """Whether what runs is written down for elsewhere, where the best form for this machine means nothing."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def eager(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary CPU tensors and nothing watches the operators: no compiler, tracer, mode or transform.
+
+    Only then may Python choose between forms of an operation.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        all(t is None or (type(t) in PLAIN and t.is_cpu) for t in tensors)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+        and not torch.jit.is_tracing()
+    )
+
+
+def recomputable(make: Callable[..., Tensor], *parts: Tensor) -> Tensor:
+    """`make(*parts)`, which a Linear behind it will compute again in its backward pass rather than keep.
+
+    `make` must be cheap, draw no random numbers and change nothing; the parts should be what its own backward keeps.
+    """
+    made = make(*parts)
+    if not torch.compiler.is_compiling() and made.requires_grad and made.is_cpu:
+        made.recipe = Recipe(make, parts, made._version)  # type: ignore[attr-defined]
+    return made
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x, weight, bias)`."""
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    flops = 2.0 * x.numel() * weight.shape[0]
+    if flops < onednn.FLOOR or not eager(x, weight, bias):
+        return F.linear(x, weight, bias)
+    cast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
+    if dtype not in DTYPES or x.dtype not in DTYPES or weight.dtype not in DTYPES:
+        return F.linear(x, weight, bias)
+    same = x.dtype is weight.dtype is dtype
+    fast = same and dtype is torch.float32 and onednn.faster(flops)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        recipe: Recipe | None = getattr(x, "recipe", None)
+        if recipe is not None and recipe.version != x._version:
+            recipe = None
+        if (fast or cast or recipe is not None) and (same or cast):
+            return _Linear.apply(x, weight, bias, dtype, fast, recipe)
+    elif fast:
+        return onednn.forward(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, with the same parameters under the same names."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps the input, or what it can be made of, and the weight as it is: a parameter, which costs nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, fast: bool, recipe: Recipe | None
+    ) -> Tensor:
+        low = x.to(dtype)
+        ctx.dtype, ctx.fast, ctx.input_dtype = dtype, fast, x.dtype
+        ctx.make = None if recipe is None or not weight.requires_grad else recipe.make
+        kept: tuple[Tensor, ...] = ()
+        if recipe is not None and weight.requires_grad:
+            # Parameters of a norm are copied too: a sharded one is only there while its own module runs.
+            kept = recipe.parts + tuple(p.detach().clone() if type(p) is nn.Parameter else p for p in recipe.parts)
+        elif weight.requires_grad:
+            kept = (low,)
+        ctx.save_for_backward(weight, *kept)
+        if fast:
+            return onednn.forward(low, weight, bias)
+        return F.linear(low, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, *kept = ctx.saved_tensors
+        # With gradients on, these gradients will be differentiated in turn: by operators that can be.
+        twice = torch.is_grad_enabled()
+        fast = ctx.fast and not twice
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = onednn.grad_input(grad, weight) if fast else grad @ weight.to(ctx.dtype)
+            dx = dx.to(ctx.input_dtype)
+        if ctx.needs_input_grad[1]:
+            half = len(kept) // 2
+            x = kept[0] if ctx.make is None else ctx.make(*(kept[:half] if twice else kept[half:]))
+            x, rows = x.to(ctx.dtype).reshape(-1, weight.shape[1]), grad.reshape(-1, weight.shape[0])
+            dw = (onednn.grad_weight(rows, x) if fast else rows.t() @ x).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            db = grad.reshape(-1, grad.shape[-1]).sum(0).to(weight.dtype)
+        return dx, dw, db, None, None, None

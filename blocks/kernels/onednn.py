@@ -1,0 +1,176 @@
+"""Float32 matrix products by oneDNN, and whether they are faster here than the BLAS that torch calls.
+
+Which library is faster depends on the processor: on AMD, MKL keeps to AVX2 and oneDNN has twice its speed; elsewhere
+they may be equal. So it is measured, once for each processor and torch version, and kept in the user's cache folder.
+The operators are private to torch: they are used only where they pass a test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# No product with fewer floating-point operations is tried: the calls themselves take as long.
+FLOOR = 4e6
+
+# Rows, width and output width of the products that are measured, each larger than the one before.
+SIZES = ((128, 128, 128), (256, 256, 256), (1024, 384, 384))
+
+# How much faster oneDNN must be to be taken, so that two equal libraries are not told apart by noise.
+MARGIN = 1.1
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear(x, weight, bias)`."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
+    """`grad @ weight`, the gradient of a Linear's input."""
+    return forward(grad, weight.t(), None)
+
+
+def grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """`gradᵀ @ x`, the gradient of a Linear's weight, of matrices.
+
+    The operator copies its first operand, here transposed, to make it contiguous, and a gradient that comes out
+    transposed is copied once more: the smaller copy decides.
+    """
+    (rows, out), width = grad.shape, x.shape[1]
+    if rows * width + width * out < rows * out:
+        return forward(x.t(), grad.t(), None).t().contiguous()
+    return forward(grad.t(), x.t(), None)
+
+
+def faster(flops: float) -> bool:
+    """Whether oneDNN should do a float32 product of that many floating-point operations on this machine's CPU."""
+    return flops >= FLOOR and flops >= _smallest() * torch.get_num_threads()
+
+
+@cache
+def _smallest() -> float:
+    """The smallest product for one thread that oneDNN does faster; infinite where there is none.
+
+    Taken from the cache folder, or measured now. Where several processes measure at once, the first to write decides
+    for all, so that the runs of a study do not differ in rounding.
+    """
+    if not _works():
+        return float("inf")
+    file = _folder() / "tessera" / "onednn.json"
+    key = f"{_processor()}, torch {torch.__version__}"
+    known = _read(file)
+    if key not in known:
+        found = _measure()
+        known = {key: found, **_read(file)}
+        with contextlib.suppress(OSError):  # a folder that cannot be written: measured again by the next process
+            _write(file, known)
+    smallest = known[key]
+    return float("inf") if smallest is None else smallest
+
+
+def _works() -> bool:
+    """Whether torch has the operators, they are not switched off, and what they compute is right."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    x, weight, bias, grad = _draw(7, 3, 20).transpose(0, 1), _draw(24, 20)[4:20], _draw(16), _draw(21, 16)
+    try:
+        pairs = [
+            (forward(x, weight, bias), F.linear(x, weight, bias)),
+            (forward(x[:, :2], weight, None), F.linear(x[:, :2], weight)),
+            (forward(x[:0], weight, bias), F.linear(x[:0], weight, bias)),
+            (grad_input(grad, weight), grad @ weight),
+            (grad_weight(grad, x.reshape(21, 20)), grad.t() @ x.reshape(21, 20)),
+            (grad_weight(grad, x.reshape(21, 20)[:, :4]), grad.t() @ x.reshape(21, 20)[:, :4]),
+        ]
+    except (AttributeError, RuntimeError):
+        return False
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-4) for a, b in pairs)
+
+
+def _draw(*shape: int) -> Tensor:
+    """Random numbers that leave torch's own generator, and with it the run, as they were."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+
+
+def _measure() -> float | None:
+    """The number of operations from which on oneDNN is faster, a Linear's three products together; None if never.
+
+    In the time of one thread, which other processes on the machine do not count in.
+    """
+    smallest = None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for rows, width, out in reversed(SIZES):
+            if _ratio(rows, width, out) < MARGIN:
+                break
+            smallest = 2.0 * rows * width * out
+    finally:
+        torch.set_num_threads(threads)
+    return smallest
+
+
+def _ratio(rows: int, width: int, out: int, budget: float = 0.05, rounds: int = 20) -> float:
+    """The time of a Linear's three products by BLAS over that by oneDNN, the best of both in turns."""
+    x, weight, grad = _draw(rows, width), _draw(out, width), _draw(rows, out)
+
+    def blas() -> None:
+        F.linear(x, weight), grad @ weight, grad.t() @ x
+
+    def onednn() -> None:
+        forward(x, weight, None), grad_input(grad, weight), grad_weight(grad, x)
+
+    best = {blas: float("inf"), onednn: float("inf")}
+    begin = time.thread_time()
+    for i in range(rounds):
+        for act in best:
+            start = time.thread_time()
+            act()
+            if i:  # the first round makes the kernels
+                best[act] = min(best[act], time.thread_time() - start)
+        if i >= 3 and time.thread_time() - begin > budget:
+            break
+    return best[blas] / best[onednn]
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        found = dict(line.split(":", 1) for line in lines if ":" in line)
+        found = {name.strip(): value.strip() for name, value in found.items()}
+        if "model name" in found:
+            return f"{found['model name']} {found.get('cpu family', '')}.{found.get('model', '')}"
+    return platform.processor() or platform.machine()
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _read(file: Path) -> dict[str, float | None]:
+    """What the file holds; nothing where it is not there or not ours."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    entries = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in entries if value is None or isinstance(value, (int, float))}
+
+
+def _write(file: Path, known: dict[str, float | None]) -> None:
+    """Whole or not at all: it is written beside its place and then moved there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".json")
+    with os.fdopen(descriptor, "w") as handle:
+        json.dump(known, handle, indent=1)
+    os.replace(name, file)
