@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocks.base import Act, ActFactory, FeedForward, Grid, Site, linear
-from blocks.kernels.linear import recomputable
+from blocks.kernels.linear import Linear, eager, recomputable, unhooked
 
 
 class GELU(Act):
@@ -75,4 +75,12 @@ class Mlp(FeedForward):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return self.behind(self.fc1(x))
+
+    def behind(self, hidden: Tensor) -> Tensor:
+        """The rest of it, behind its first layer, whose result it may overwrite."""
+        if type(self.act) is ReLU and type(self.fc1) is Linear and unhooked(self.fc1, self.act) and eager(hidden):
+            hidden = F.relu_(hidden)
+        else:
+            hidden = self.act(hidden)
+        return self.drop(self.fc2(self.drop(hidden)))

@@ -20,8 +20,10 @@ from blocks.base import (
     Block,
     BuildError,
     Features,
+    FeedForward,
     Grid,
     Mixer,
+    Norm,
     NormFactory,
     Position,
     Shape,
@@ -31,6 +33,8 @@ from blocks.base import (
     tokens,
 )
 from blocks.kernels.attention import attend
+from blocks.kernels.folded import conv_norm_act, linear_norm, norm_linear
+from blocks.kernels.linear import unhooked
 from blocks.mlp import Mlp, ReLU, round_width
 from blocks.norms import BatchNorm
 from blocks.positions import NetPosition
@@ -69,7 +73,7 @@ class MHCA(Mixer):
         self.proj = linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, grid: Grid, rows: int | None = None) -> Tensor:
-        return self.proj(tokens(self.act(self.norm.on_map(self.conv(to_map(x, grid))))))
+        return self.proj(tokens(conv_norm_act(self.conv, self.norm, self.act, to_map(x, grid))))
 
 
 class EMHSA(Mixer):
@@ -158,7 +162,18 @@ class Downsample(nn.Module):
             return map
         if self.stride > 1:
             map = F.avg_pool2d(map, self.stride, self.stride, ceil_mode=True)
-        return self.norm.on_map(to_map(self.proj(tokens(map)), (map.shape[2], map.shape[3])))
+        grid = (map.shape[2], map.shape[3])
+        x = linear_norm(self.proj, self.norm, tokens(map))
+        return self.norm.on_map(to_map(self.proj(tokens(map)), grid)) if x is None else to_map(x, grid)
+
+
+def normed_mlp(norm: Norm, mlp: FeedForward, x: Tensor, grid: Grid) -> Tensor:
+    """`mlp(norm(x))`, with the norm in the MLP's first layer where that is possible."""
+    if type(mlp) is Mlp and unhooked(mlp):
+        hidden = norm_linear(norm, mlp.fc1, x)
+        if hidden is not None:
+            return mlp.behind(hidden)
+    return mlp(tokens(norm.on_map(to_map(x, grid))), grid)
 
 
 def _reduced(site: Site, who: Block, dim: int) -> Shape:
@@ -218,7 +233,7 @@ class NCB(Block):
         grid = (map.shape[2], map.shape[3])
         x = tokens(map)
         x = self.mixer_residual(x, self.mixer(x, grid))
-        x = self.mlp_residual(x, self.mlp(tokens(self.norm.on_map(to_map(x, grid))), grid))
+        x = self.mlp_residual(x, normed_mlp(self.norm, self.mlp, x, grid))
         return features.replace(map=to_map(x, grid))
 
 
@@ -296,5 +311,5 @@ class NTB(Block):
         y = tokens(self.project(to_map(x, grid)))
         y = self.conv_residual(y, self.conv(y, grid))
         x = torch.cat([x, y], dim=2)
-        x = self.mlp_residual(x, self.mlp(tokens(self.norm2.on_map(to_map(x, grid))), grid))
+        x = self.mlp_residual(x, normed_mlp(self.norm2, self.mlp, x, grid))
         return features.replace(map=to_map(x, grid))

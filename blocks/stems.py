@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from blocks.base import ActFactory, Block, Features, NormFactory, Shape, Site, token_parameter
+from blocks.kernels.folded import conv_norm_act
 from blocks.mlp import ReLU
 from blocks.norms import BatchNorm, NoNorm
 from blocks.tnt import patch_grid
@@ -92,5 +93,5 @@ class ConvStem(Block):
     def forward(self, features: Features) -> Features:
         map = features.map
         for layer in self.layers:
-            map = layer["act"](layer["norm"].on_map(layer["conv"](map)))  # type: ignore[index, operator]
+            map = conv_norm_act(layer["conv"], layer["norm"], layer["act"], map)  # type: ignore[index, arg-type]
         return features.replace(map=self.position(map)[0])

@@ -26,13 +26,16 @@ FLOOR = 4e6
 # Rows, width and output width of the products that are measured, each larger than the one before.
 SIZES = ((128, 128, 128), (256, 256, 256), (1024, 384, 384))
 
+# The gradient of a weight is summed over pieces of so many rows.
+ROWS = 2048
+
 # How much faster oneDNN must be to be taken, so that two equal libraries are not told apart by noise.
 MARGIN = 1.1
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear(x, weight, bias)`."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+    """`F.linear(x, weight, bias)`, and ReLU behind it."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
 
 
 def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
@@ -44,12 +47,17 @@ def grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     """`gradᵀ @ x`, the gradient of a Linear's weight, of matrices.
 
     The operator copies its first operand, here transposed, to make it contiguous, and a gradient that comes out
-    transposed is copied once more: the smaller copy decides.
+    transposed is copied once more: the smaller copy decides. In pieces, whose copies stay in the processor's cache.
     """
     (rows, out), width = grad.shape, x.shape[1]
-    if rows * width + width * out < rows * out:
-        return forward(x.t(), grad.t(), None).t().contiguous()
-    return forward(grad.t(), x.t(), None)
+    flip = rows * width + width * out < rows * out
+    first, second = (x, grad) if flip else (grad, x)
+    pieces = zip(first.split(ROWS), second.split(ROWS), strict=True)
+    parts = (forward(a.t(), b.t(), None) for a, b in pieces)
+    total = next(parts)
+    for part in parts:
+        total += part
+    return total.t().contiguous() if flip else total
 
 
 def faster(flops: float) -> bool:
@@ -87,7 +95,8 @@ def _works() -> bool:
         pairs = [
             (forward(x, weight, bias), F.linear(x, weight, bias)),
             (forward(x[:, :2], weight, None), F.linear(x[:, :2], weight)),
-            (forward(x[:0], weight, bias), F.linear(x[:0], weight, bias)),
+            (forward(x[:0], weight, bias, relu=True), F.linear(x[:0], weight, bias)),
+            (forward(x, weight, bias, relu=True), F.linear(x, weight, bias).relu()),
             (grad_input(grad, weight), grad @ weight),
             (grad_weight(grad, x.reshape(21, 20)), grad.t() @ x.reshape(21, 20)),
             (grad_weight(grad, x.reshape(21, 20)[:, :4]), grad.t() @ x.reshape(21, 20)[:, :4]),
