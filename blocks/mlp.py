@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocks.base import Act, ActFactory, FeedForward, Grid, Site, linear
-from blocks.kernels.linear import Linear, eager, recomputable, unhooked
+from blocks.kernels.linear import Linear, eager, in_pieces, recomputable, unhooked
 
 
 class GELU(Act):
@@ -35,6 +37,10 @@ class Hardswish(Act):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.hardswish(x)
+
+
+# What may be applied to some tokens at a time.
+ELEMENTWISE = (GELU, ReLU, SiLU, Hardswish)
 
 
 def round_width(width: float, to: int) -> int:
@@ -75,11 +81,18 @@ class Mlp(FeedForward):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        return self.behind(self.fc1(x))
+        return self.behind(self.fc1, x)
 
-    def behind(self, hidden: Tensor) -> Tensor:
-        """The rest of it, behind its first layer, whose result it may overwrite."""
-        if type(self.act) is ReLU and type(self.fc1) is Linear and unhooked(self.fc1, self.act) and eager(hidden):
+    def behind(self, first: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The MLP with `first` for its first layer."""
+        plain = type(self.fc1) is type(self.fc2) is Linear and unhooked(*self.children())
+        if plain and type(self.act) in ELEMENTWISE:
+            return in_pieces(lambda x: self._rest(first(x)), x, self.fc1.out_features)
+        return self._rest(first(x))
+
+    def _rest(self, hidden: Tensor) -> Tensor:
+        overwrite = type(self.act) is ReLU and type(self.fc1) is Linear and unhooked(self.fc1, self.act)
+        if overwrite and eager(hidden) and not (hidden.requires_grad and hidden._is_view()):
             hidden = F.relu_(hidden)
         else:
             hidden = self.act(hidden)

@@ -33,7 +33,8 @@ from blocks.base import (
     tokens,
 )
 from blocks.kernels.attention import attend
-from blocks.kernels.folded import conv_norm_act, linear_norm, norm_linear
+from blocks.kernels.folded import conv_norm_act, linear_norm, norm_into_linear
+from blocks.kernels.linear import linear as linear_of
 from blocks.kernels.linear import unhooked
 from blocks.mlp import Mlp, ReLU, round_width
 from blocks.norms import BatchNorm
@@ -170,9 +171,9 @@ class Downsample(nn.Module):
 def normed_mlp(norm: Norm, mlp: FeedForward, x: Tensor, grid: Grid) -> Tensor:
     """`mlp(norm(x))`, with the norm in the MLP's first layer where that is possible."""
     if type(mlp) is Mlp and unhooked(mlp):
-        hidden = norm_linear(norm, mlp.fc1, x)
-        if hidden is not None:
-            return mlp.behind(hidden)
+        folded = norm_into_linear(norm, mlp.fc1, x)
+        if folded is not None:
+            return mlp.behind(lambda x: linear_of(x, *folded), x)
     return mlp(tokens(norm.on_map(to_map(x, grid))), grid)
 
 

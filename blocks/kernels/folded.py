@@ -63,10 +63,10 @@ def linear_norm(layer: nn.Module, norm: Norm, x: Tensor) -> Tensor | None:
     return linear(x, layer.weight * scale[:, None], shift if layer.bias is None else shift + layer.bias * scale)
 
 
-def norm_linear(norm: Norm, layer: nn.Module, x: Tensor) -> Tensor | None:
-    """`layer(norm(x))` on tokens in one product; None where that is not possible, or too few to be worth it."""
+def norm_into_linear(norm: Norm, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of `layer(norm(x))` in one; None where that is not possible, or `x` too small to be worth it."""
     if type(layer) is not Linear or x.numel() <= layer.weight.numel() or not folds(norm, x, layer):
         return None
     scale, shift = scale_and_shift(norm)
     bias = layer.weight @ shift
-    return linear(x, layer.weight * scale, bias if layer.bias is None else bias + layer.bias)
+    return layer.weight * scale, bias if layer.bias is None else bias + layer.bias

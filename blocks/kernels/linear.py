@@ -21,6 +21,9 @@ PLAIN = (Tensor, nn.Parameter)
 # Others run torch's own Linear; float64 is the reference that the rest is held against.
 DTYPES = (torch.float32, torch.bfloat16)
 
+# Bytes from which on the C library asks the system for fresh memory each time.
+LARGE = 2**25
+
 
 class Recipe(NamedTuple):
     """How a tensor was made: `make(*parts)`. It holds for that version of the tensor, and for those of the parts."""
@@ -71,7 +74,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     flops = 2.0 * x.numel() * weight.shape[0]
-    if flops < onednn.FLOOR or not eager(x, weight, bias):
+    if flops <= onednn.FLOOR or not eager(x, weight, bias):
         return F.linear(x, weight, bias)
     cast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
@@ -88,6 +91,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     elif fast:
         return onednn.forward(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def in_pieces(make: Callable[[Tensor], Tensor], x: Tensor, hidden: int) -> Tensor:
+    """`make(x)`, which works on each token alone and has `hidden` numbers for it in between.
+
+    Without gradients, what is in between is thrown away at once; if it is large, then that is in pieces, which stay in
+    the processor's cache, while fresh memory from the system would cost more than the products themselves.
+    """
+    rows = x.numel() // x.shape[-1]
+    if 4 * rows * hidden <= LARGE or torch.is_grad_enabled() or not eager(x):
+        return make(x)
+    made = torch.cat([make(piece) for piece in x.reshape(rows, -1).split(onednn.ROWS)])
+    return made.view(*x.shape[:-1], made.shape[-1])
 
 
 class Linear(nn.Linear):
@@ -114,9 +130,13 @@ class _Linear(torch.autograd.Function):
         elif weight.requires_grad:
             kept = (low,)
         ctx.save_for_backward(weight, *kept)
+        rows = low.reshape(-1, low.shape[-1])
         if fast:
-            return onednn.forward(low, weight, bias)
-        return F.linear(low, weight.to(dtype), None if bias is None else bias.to(dtype))
+            out = onednn.forward(rows, weight, bias)
+        else:
+            out = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        # Not a view, which could not be changed in place behind a Function.
+        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

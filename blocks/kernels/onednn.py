@@ -26,7 +26,7 @@ FLOOR = 4e6
 # Rows, width and output width of the products that are measured, each larger than the one before.
 SIZES = ((128, 128, 128), (256, 256, 256), (1024, 384, 384))
 
-# The gradient of a weight is summed over pieces of so many rows.
+# Work in pieces, such as the sum that is the gradient of a weight, is done on so many rows at a time.
 ROWS = 2048
 
 # How much faster oneDNN must be to be taken, so that two equal libraries are not told apart by noise.

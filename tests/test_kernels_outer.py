@@ -1,0 +1,419 @@
+"""Faster forms of Linear, attention, MLP and folded norms against torch's own, in float64 where that says more."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from blocks.attention import Attention
+from blocks.base import Site, linear
+from blocks.kernels import attention, folded, onednn
+from blocks.kernels import linear as kernels
+from blocks.mlp import GELU, Mlp, ReLU
+from blocks.nextvit import NCB, NTB, Downsample
+from blocks.norms import BatchNorm, LayerNorm
+from blocks.stems import ConvStem
+from tests.contract import features, randomise
+
+needs_onednn = pytest.mark.skipif(not onednn._works(), reason="torch has no oneDNN here")
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The faster forms for small tensors too, without a look at the clock and at the user's cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(onednn, "FLOOR", 0.0)
+    monkeypatch.setattr(onednn, "faster", lambda flops: onednn._works())
+    onednn._smallest.cache_clear()
+    yield
+    onednn._smallest.cache_clear()
+
+
+def draw(*shape: int, **kind: Any) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), **kind)
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+def saved_bytes(act: Any, parameters: list[nn.Parameter]) -> int:
+    """Bytes that `act()` keeps for the backward pass, without parameters."""
+    own, found = {p.untyped_storage().data_ptr() for p in parameters}, {}
+
+    def pack(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in own:
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = act()
+    assert result.requires_grad
+    return sum(storage.nbytes() for storage in found.values())
+
+
+# ---- oneDNN
+
+
+@needs_onednn
+@pytest.mark.parametrize(("rows", "width", "out"), [(5000, 12, 40), (5000, 40, 12), (300, 16, 16), (2048, 8, 9)])
+def test_products_of_onednn(rows: int, width: int, out: int) -> None:
+    x, weight, bias, grad = draw(rows, width), draw(out, width), draw(out), draw(rows, out)
+    assert error(onednn.forward(x, weight, bias), F.linear(x.double(), weight.double(), bias.double())) < 1e-6
+    assert error(onednn.grad_input(grad, weight), grad.double() @ weight.double()) < 1e-6
+    got = onednn.grad_weight(grad, x)
+    assert error(got, grad.double().t() @ x.double()) < 2e-6
+    assert got.is_contiguous()
+
+
+@needs_onednn
+def test_the_measurement_leaves_the_run_alone() -> None:
+    """No random number is drawn, the number of threads stays, and what is found is one of the sizes or none."""
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    found = onednn._measure()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    assert found is None or found in {2.0 * a * b * c for a, b, c in onednn.SIZES}
+
+
+@needs_onednn
+def test_the_measurement_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results = iter([7.0, None])
+    monkeypatch.setattr(onednn, "_measure", lambda: next(results))
+    assert onednn._smallest() == 7.0
+    file = tmp_path / "tessera" / "onednn.json"
+    (key,) = json.loads(file.read_text())
+    assert torch.__version__ in key
+    onednn._smallest.cache_clear()
+    assert onednn._smallest() == 7.0  # read, not measured again
+    assert [path.name for path in file.parent.iterdir()] == ["onednn.json"]
+    file.write_text('{"half a fi')
+    onednn._smallest.cache_clear()
+    assert onednn._smallest() == float("inf")  # None: never faster
+    assert json.loads(file.read_text()) == {key: None}
+
+
+@needs_onednn
+def test_of_two_processes_the_first_to_write_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measured_meanwhile() -> float:
+        monkeypatch.setattr(onednn, "_measure", lambda: 7.0)
+        first = onednn._smallest.__wrapped__()
+        assert first == 7.0
+        return 9.0
+
+    monkeypatch.setattr(onednn, "_measure", measured_meanwhile)
+    assert onednn._smallest() == 7.0
+
+
+@needs_onednn
+def test_a_cache_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(onednn, "_measure", lambda: 7.0)
+    assert onednn._smallest() == 7.0
+
+
+def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator that is missing or wrong is not used."""
+    monkeypatch.setattr(onednn, "forward", lambda x, weight, bias, relu=False: F.linear(x, weight))
+    assert onednn._smallest() == float("inf")
+
+    def missing(*args: object, **kwargs: object) -> Tensor:
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
+
+    monkeypatch.setattr(onednn, "forward", missing)
+    assert onednn._smallest.__wrapped__() == float("inf")
+
+
+# ---- Linear
+
+INPUTS = {
+    "matrix": lambda: draw(30, 20),
+    "tokens": lambda: draw(3, 10, 20),
+    "strided": lambda: draw(10, 3, 20).transpose(0, 1),
+    "slice": lambda: draw(3, 12, 20)[:, 1:11],
+    "none": lambda: draw(0, 10, 20),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_linear_equals_float64(name: str, bias: bool, frozen: bool) -> None:
+    layer = linear(20, 12, bias)
+    layer.weight.requires_grad_(not frozen)
+    double = copy.deepcopy(layer).double()
+    x = INPUTS[name]()
+    grads = []
+    for module, given in ((layer, x.clone().requires_grad_()), (double, x.double().requires_grad_())):
+        out = module(given)
+        out.backward(torch.ones_like(out).cumsum(-1))
+        grads.append([out, given.grad, *(p.grad for p in module.parameters() if p.requires_grad)])
+        assert module.weight.requires_grad or module.weight.grad is None
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).double(), double(x.double()), rtol=1e-5, atol=1e-5)
+
+
+def test_linear_is_torch_s() -> None:
+    """The same parameters, name and place in the class tree; a copy works by itself."""
+    layer, torch_s = linear(4, 6), nn.Linear(4, 6)
+    assert isinstance(layer, nn.Linear)
+    assert repr(layer) == repr(torch_s)
+    torch_s.load_state_dict(layer.state_dict(), strict=True)
+    torch.testing.assert_close(layer(draw(9, 4)), torch_s(draw(9, 4)))
+
+
+class Chain(nn.Module):
+    """Norm, Linear, GELU, Linear: each Linear's input can be computed again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc1, self.act, self.fc2 = LayerNorm(24), linear(24, 96), GELU(), linear(96, 24)
+        randomise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(self.norm(x))))
+
+    def reference(self, x: Tensor) -> Tensor:
+        norm, fc1, fc2 = self.norm, self.fc1, self.fc2
+        x = F.layer_norm(x, (24,), norm.weight, norm.bias, norm.eps)
+        return F.linear(F.gelu(F.linear(x, fc1.weight, fc1.bias)), fc2.weight, fc2.bias)
+
+
+def gradients(chain: Chain, forward: Any, x: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        out = forward(x)
+    weights = draw(*out.shape).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, [x, *chain.parameters()], weights)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chain_that_is_computed_again(dtype: torch.dtype) -> None:
+    """Its gradients are as near to float64's as torch's own, and it keeps much less."""
+    torch.manual_seed(0)
+    chain = Chain()
+    x = draw(4, 50, 24)
+    double = copy.deepcopy(chain).double()
+    exact = gradients(double, double.reference, x.double())
+    ours, theirs = gradients(chain, chain, x, dtype), gradients(chain, chain.reference, x, dtype)
+    for got, own, want in zip(ours, theirs, exact, strict=True):
+        assert got.dtype == own.dtype
+        assert error(got, want) < 1.5 * error(own, want) + 1e-6
+    tokens, width = 200, torch.finfo(dtype).bits // 8
+    parameters = list(chain.parameters())
+
+    def run(forward: Any) -> int:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            return saved_bytes(lambda: forward(x.clone().requires_grad_()), parameters)
+
+    least = tokens * (24 * 4 + 96 * width)  # what comes in and what goes into GELU
+    assert least <= run(chain) < least * 1.1
+    assert run(chain.reference) > 1.6 * run(chain)
+
+
+def test_checkpointing_computes_again_what_is_computed_again() -> None:
+    chain, x = Chain(), draw(4, 50, 24)
+    plain = gradients(chain, chain, x)
+    again = gradients(chain, lambda x: checkpoint(chain, x, use_reentrant=False), x)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_second_derivatives() -> None:
+    chain = Chain()
+
+    def penalty(forward: Any, chain: Chain, x: Tensor) -> list[Tensor]:
+        x = x.clone().requires_grad_()
+        inner = torch.autograd.grad(forward(x).square().sum(), [x, chain.fc1.weight], create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in inner), list(chain.parameters())[:5]))
+
+    double = copy.deepcopy(chain).double()
+    for got, want in zip(penalty(chain, chain, draw(6, 24)), penalty(double.reference, double, draw(6, 24).double()),
+                         strict=True):  # fmt: skip
+        assert error(got, want) < 1e-4
+
+
+def test_a_tensor_changed_in_place_is_not_computed_again() -> None:
+    norm, layer = LayerNorm(24), linear(24, 8)
+    x = draw(5, 24).requires_grad_()
+    y = norm(x)
+    y += 1
+    layer(y).sum().backward()
+    want = F.layer_norm(x, (24,)).add(1).sum(0).expand(8, 24)
+    torch.testing.assert_close(layer.weight.grad, want)
+
+
+def test_nobody_else_sees_private_operators() -> None:
+    """Compilers, exporters, counters, float64 and the meta device get torch's own Linear."""
+    chain, x = Chain().eval(), draw(4, 24)
+    program = torch.export.export(chain, (x,))
+    assert not [node for node in program.graph.nodes if "mkldnn" in str(node.target)]
+    torch.testing.assert_close(program.module()(x), chain(x))
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(chain, fullgraph=True, backend="eager")(x), chain(x))
+    with FlopCounterMode(display=False) as counter:
+        chain(x)
+    assert counter.get_total_flops() == 2 * 4 * 24 * 96 * 2
+    assert torch.equal(chain.double()(x.double()), chain.reference(x.double()))
+    assert chain.to("meta")(x.double().to("meta")).is_meta
+    mapped = torch.func.vmap(chain.float().to_empty(device="cpu").fc1)(x)
+    assert mapped.shape == (4, 96)
+
+
+# ---- attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "m", "d"), [(5, 5, 6), (70, 70, 32), (1, 70, 32), (12, 3, 16)])
+def test_attention_equals_float64(dtype: torch.dtype, n: int, m: int, d: int) -> None:
+    parts = [draw(2, length, 3, d).transpose(1, 2).to(dtype).requires_grad_() for length in (n, m, m + 1)]
+    parts[2] = parts[2].detach()[:, :, :m].requires_grad_()
+    exact = [p.detach().double().requires_grad_() for p in parts]
+    grad = draw(2, 3, n, d)
+    out, want = attention.attend(*parts), F.scaled_dot_product_attention(*exact)
+    assert out.dtype == dtype
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    assert error(out, want) < tolerance
+    got = torch.autograd.grad(out, parts, grad.to(dtype))
+    for a, b in zip(got, torch.autograd.grad(want, exact, grad.double()), strict=True):
+        assert error(a, b) < tolerance
+    with torch.no_grad():
+        torch.testing.assert_close(attention.attend(*parts), out)
+
+
+def test_attention_with_bias_and_drop() -> None:
+    q, k, v = (draw(2, 3, 9, 8 * i)[..., :8].bfloat16() for i in (1, 2, 3))
+    bias = draw(1, 3, 9, 9)
+    want = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=bias)
+    assert error(attention.attend(q, k, v, bias), want.double()) < 2e-2
+    torch.manual_seed(0)
+    mean = torch.stack([attention.attend(q, k, v, drop=0.5).float() for _ in range(400)]).mean(0)
+    assert error(mean, F.scaled_dot_product_attention(q.float(), k.float(), v.float()).double()) < 0.1
+
+
+def test_attention_keeps_what_is_smaller() -> None:
+    """Long sequences: queries, keys and values alone; short ones: the weights too."""
+    for n, weights in ((70, 0), (20, 2 * 3 * 20 * 20 * 2)):
+        q, k, v = draw(2, n, 3, 3, 32).bfloat16().requires_grad_().permute(2, 0, 3, 1, 4).unbind(0)
+        assert saved_bytes(lambda q=q, k=k, v=v: attention.attend(q, k, v), []) == 2 * n * 9 * 32 * 2 + weights
+
+
+def test_attention_twice_differentiated() -> None:
+    q, k, v = (draw(1, 2, 5, 8 + i)[..., :8].requires_grad_() for i in range(3))
+    (first,) = torch.autograd.grad(attention.attend(q, k, v).square().sum(), q, create_graph=True)
+    got = torch.autograd.grad(first.square().sum(), [q, k, v])
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    exact = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1) @ v
+    (first,) = torch.autograd.grad(exact.square().sum(), q, create_graph=True)
+    for a, b in zip(got, torch.autograd.grad(first.square().sum(), [q, k, v]), strict=True):
+        assert error(a, b) < 1e-5
+
+
+def test_exported_attention_is_torch_s() -> None:
+    block = Attention(Site.at(32, 4), heads=4).eval()
+    program = torch.export.export(block, (draw(2, 16, 32), (4, 4)))
+    assert [node for node in program.graph.nodes if "scaled_dot_product_attention" in str(node.target)]
+
+
+# ---- folded norms, ReLU in place, pieces
+
+BLOCKS = {
+    "stem": lambda: ConvStem(Site.at(3, 16), dims=(8, 8), strides=(2, 1)),
+    "ncb": lambda: NCB(Site.at(32, 6, dim=64, stride=2)),
+    "ntb": lambda: NTB(Site.at(64, 6, dim=128, stride=1), sr_ratio=2),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_folded_equals_unfolded(name: str) -> None:
+    """Without gradients, in evaluation, to float32's precision; also right after weights were changed by hand."""
+    torch.manual_seed(0)
+    block = BLOCKS[name]()
+    randomise(block)
+    block.eval()
+    given = features(Site.at({"stem": 3, "ncb": 32, "ntb": 64}[name], 16 if name == "stem" else 6).inp, batch=40)
+    for _ in range(2):
+        exact = copy.deepcopy(block).double()(given._replace(map=given.map.double())).map
+        with torch.no_grad():
+            got = block(given).map
+        assert error(got, exact) < 1e-6
+        assert got.stride() == exact.stride()
+        for parameter in block.parameters():
+            parameter.data.mul_(1.5)
+
+
+def test_what_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch norm but those in front of the attention; none with gradients, in training, or with a hook."""
+    runs = []
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: runs.append(self) or F.batch_norm(
+        x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps))  # fmt: skip
+    ncb = NCB(Site.at(32, 6, dim=64, stride=2))
+    given = features(Site.at(32, 6).inp, batch=40)
+    with torch.no_grad():
+        ncb.eval()(given)
+        assert not runs
+        ncb.train()(given)
+        assert len(runs) == 3
+        ncb.eval().norm.register_forward_hook(lambda *args: None)
+        ncb(given)
+        assert len(runs) == 4
+    ncb(given)
+    assert len(runs) == 7
+
+
+def test_a_block_with_relu_in_place_trains_alike() -> None:
+    torch.manual_seed(0)
+    block = NCB(Site.at(32, 6, dim=64, stride=2)).train()
+    double = copy.deepcopy(block).double()
+    given = features(Site.at(32, 6).inp, batch=8)
+    block(given).map.square().mean().backward()
+    double(given._replace(map=given.map.double())).map.square().mean().backward()
+    for (name, p), exact in zip(block.named_parameters(), double.parameters(), strict=True):
+        assert error(p.grad, exact.grad) < 1e-4, name
+
+
+def test_a_hook_sees_what_was_there() -> None:
+    """ReLU in place would change what a hook was given."""
+    mlp = Mlp(Site.at(8, 4), act=ReLU)
+    seen: list[Tensor] = []
+    mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(out))
+    mlp(draw(2, 16, 8), (4, 4))
+    assert (seen[0] < 0).any()
+
+
+@pytest.mark.parametrize("act", [GELU, ReLU])
+def test_mlp_in_pieces(monkeypatch: pytest.MonkeyPatch, act: type) -> None:
+    mlp, x = Mlp(Site.at(8, 4), act=act), draw(30, 16, 8)
+    pieces: list[int] = []
+    run = Mlp._rest
+    monkeypatch.setattr(Mlp, "_rest", lambda self, hidden: pieces.append(hidden.shape[0]) or run(self, hidden))
+    whole = mlp(x, (4, 4))
+    monkeypatch.setattr(kernels, "LARGE", 0)
+    monkeypatch.setattr(onednn, "ROWS", 100)
+    with torch.no_grad():
+        got = mlp(x, (4, 4))
+    torch.testing.assert_close(got, whole)
+    assert pieces == [30, 100, 100, 100, 100, 80]
+
+
+def test_folding_knows_its_norm() -> None:
+    x = draw(2, 16, 8)
+    with torch.no_grad():
+        assert folded.linear_norm(linear(8, 8), BatchNorm(8).eval(), x) is not None
+        assert folded.linear_norm(linear(8, 8), BatchNorm(8), x) is None
+        assert folded.linear_norm(linear(8, 8), LayerNorm(8).eval(), x) is None
+        assert folded.linear_norm(linear(8, 8), BatchNorm(8).eval(), x.double()) is None
+    assert folded.linear_norm(linear(8, 8), BatchNorm(8).eval(), x) is None
+    assert Downsample(8, 8, 1, BatchNorm).proj is None
