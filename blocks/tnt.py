@@ -30,6 +30,8 @@ from blocks.base import (
     tokens,
 )
 from blocks.kernels import inner as kernel
+from blocks.kernels.linear import Linear, unhooked
+from blocks.kernels.linear import linear as fast_linear
 from blocks.norms import LayerNorm
 from blocks.transformer import Encoder
 
@@ -116,7 +118,7 @@ def joined(words: Tensor, norm: nn.Module, proj: nn.Module) -> Tensor:
     weights are turned, which are smaller.
     """
     turned = words.transpose(1, 2)
-    if type(norm) is not LayerNorm or type(proj) is not nn.Linear or kernel.hooked(norm) or kernel.hooked(proj):
+    if type(norm) is not LayerNorm or type(proj) is not Linear or not unhooked(norm, proj):
         return proj(norm(words.flatten(1)))
     if words.is_contiguous() or not turned.is_contiguous():
         return proj(norm(words.flatten(1)))
@@ -125,7 +127,7 @@ def joined(words: Tensor, norm: nn.Module, proj: nn.Module) -> Tensor:
         return weight.unflatten(-1, words.shape[1:]).transpose(-1, -2).flatten(-2)
 
     x = F.layer_norm(turned.flatten(1), norm.normalized_shape, turn(norm.weight), turn(norm.bias), norm.eps)
-    return F.linear(x, turn(proj.weight), proj.bias)
+    return fast_linear(x, turn(proj.weight), proj.bias)
 
 
 def split_patches(images: Tensor, side: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""Fused and faster forms of what blocks compute, each with a torch reference that it equals and that stands in for it."""
+"""Faster forms of what blocks compute; each has a torch reference that it equals, and that stands in for it."""

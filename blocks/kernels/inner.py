@@ -20,6 +20,7 @@ from blocks.attention import Attention
 from blocks.base import ScorePosition
 from blocks.gates import NoGate
 from blocks.kernels import native
+from blocks.kernels.linear import PLAIN, Linear, unhooked
 from blocks.mlp import GELU, Mlp
 from blocks.norms import LayerNorm
 from blocks.residual import Residual, drop_path
@@ -58,9 +59,6 @@ def serves(block: nn.Module, words: Tensor) -> bool:
     return available()
 
 
-PLAIN = (Tensor, nn.Parameter)
-
-
 def standard(block: Encoder) -> bool:
     """Whether a block is the textbook encoder: known parts, nothing between them, no dropout inside a branch."""
     mixer, mlp = block.mixer, block.mlp
@@ -72,18 +70,12 @@ def standard(block: Encoder) -> bool:
         return False
     norms, residuals = (block.norm1, block.norm2), (block.mixer_residual, block.mlp_residual)
     layers = (mixer.qkv, mixer.proj, mlp.fc1, mlp.fc2)
-    if any(type(part) is not LayerNorm for part in norms) or any(type(part) is not nn.Linear for part in layers):
+    if any(type(part) is not LayerNorm for part in norms) or any(type(part) is not Linear for part in layers):
         return False
     if any(type(r) is not Residual or type(r.gate) is not NoGate or r.layer_scale is not None or r.scale != 1.0
            for r in residuals):  # fmt: skip
         return False
-    return not any(hooked(part) for part in (block, mixer, mlp, mlp.act, *norms, *residuals, *layers))
-
-
-def hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return unhooked(block, mixer, mlp, mlp.act, *norms, *residuals, *layers)
 
 
 def parameters(block: Any) -> tuple[Tensor | None, ...]:
