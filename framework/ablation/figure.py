@@ -207,7 +207,8 @@ def curves(study: Path, table: Table) -> Figure | None:
         if seen:
             edge = 0.05 * (max(seen) - min(seen)) or 1.0
             axes.set_ylim(min(seen) - edge, max(seen) + edge)
-        axes.set_xlabel("epoch")
+        axes.set_xlabel("epochs")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(each.label)
         axes.grid(alpha=0.3)
     some_only = f", the best {len(runs)} of {len(ranked)} cells" if len(runs) < len(ranked) else ""
@@ -219,11 +220,12 @@ def _curve(axes: Any, runs: list[dict[int, float]], scale: float, style: dict[st
     """Draws the mean of some runs with its band, and gives what of it should be seen: not the steep first fifth."""
     epochs = sorted({epoch for run in runs for epoch in run})
     at = [sample([scale * run[epoch] for run in runs if epoch in run]) for epoch in epochs]
-    axes.plot(epochs, [each.mean for each in at], linewidth=1.5, **style)
+    done = [epoch + 1 for epoch in epochs]
+    axes.plot(done, [each.mean for each in at], linewidth=1.5, **style)
     stds = [0.0 if math.isnan(each.std) else each.std for each in at]
     low = [each.mean - std for each, std in zip(at, stds, strict=True)]
     high = [each.mean + std for each, std in zip(at, stds, strict=True)]
-    axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.fill_between(done, low, high, color=style["color"], alpha=0.15, linewidth=0)
     first = len(epochs) // 5
     return [value for value in [*low[first:], *high[first:]] if math.isfinite(value)]
 
