@@ -208,7 +208,7 @@ def curves(study: Path, table: Table) -> Figure | None:
             edge = 0.05 * (max(seen) - min(seen)) or 1.0
             axes.set_ylim(min(seen) - edge, max(seen) + edge)
         axes.set_xlabel("epochs")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.set_ylabel(each.label)
         axes.grid(alpha=0.3)
     some_only = f", the best {len(runs)} of {len(ranked)} cells" if len(runs) < len(ranked) else ""
