@@ -55,9 +55,8 @@ def eager(*tensors: Tensor | None) -> bool:
 
 def unhooked(*modules: nn.Module) -> bool:
     """Whether nobody has asked to see what goes into these modules or comes out of them."""
-    return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
-    )
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not any(getattr(module, kind) for module in modules for kind in kinds)
 
 
 def recomputable(make: Callable[..., Tensor], *parts: Tensor) -> Tensor:
