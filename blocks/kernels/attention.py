@@ -22,13 +22,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, drop: fl
     """`dropout(softmax(q kᵀ/√d + bias)) v` of `(B, heads, N, d)` queries and `(B, heads, M, d)` keys and values."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
     low = dtype is torch.bfloat16 and q.dtype is not torch.float64
-    narrow = dtype is torch.float32 and q.shape[-1] <= NARROW and k.shape[-2] <= SHORT
-    if not (q.is_cpu and (low or (narrow and bias is None and not drop))) or recorded():
+    narrow = dtype is torch.float32 and q.shape[-1] <= NARROW and k.shape[-2] <= SHORT and bias is None and not drop
+    training = torch.is_grad_enabled() and q.requires_grad
+    if not (q.is_cpu and (low or (narrow and training))) or recorded():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if bias is not None or drop:
         return _spelled_out(q, k, v, bias, drop)
-    if torch.is_grad_enabled() and eager(q, k, v):
+    if training and eager(q, k, v):
         return _Attention.apply(q, k, v)
     return _multiplied(q, k, v)[0]
 
