@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blocks.kernels.native import cache_folder
+
 # No product with fewer floating-point operations is tried: the calls themselves take as long.
 FLOOR = 4e6
 
@@ -74,7 +76,7 @@ def _smallest() -> float:
     """
     if not _works():
         return float("inf")
-    file = _folder() / "tessera" / "onednn.json"
+    file = cache_folder() / "onednn.json"
     key = f"{_processor()}, torch {torch.__version__}"
     known = _read(file)
     if key not in known:
@@ -160,10 +162,6 @@ def _processor() -> str:
         if "model name" in found:
             return f"{found['model name']} {found.get('cpu family', '')}.{found.get('model', '')}"
     return platform.processor() or platform.machine()
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _read(file: Path) -> dict[str, float | None]:

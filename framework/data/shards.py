@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DistributedSampler
 
+from blocks.kernels.native import cache_folder
 from framework.data.base import ORDER, ImageSet, at_least, seed_of
 from framework.data.picture_data import PictureData
 from framework.data.pictures import PictureSet, read_picture
@@ -146,9 +147,7 @@ def read_index(split: str, label_key: str, shards: list[Path]) -> np.ndarray:
     state = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in shards]
     key = np.frombuffer(json.dumps([FORMAT, label_key, state]).encode(), dtype=np.uint8)
     names = hashlib.sha256("\n".join(map(str, shards)).encode()).hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folders = [shards[0].parent, *([Path(cache, "tessera")] if os.path.isabs(cache) else [])]
-    places = [folder / f".index-{names}.npz" for folder in folders]
+    places = [folder / f".index-{names}.npz" for folder in (shards[0].parent, cache_folder())]
     for place in places:
         try:
             with np.load(place, allow_pickle=False) as stored:
