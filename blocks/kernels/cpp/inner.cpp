@@ -35,7 +35,9 @@ inline V root(V a) { return _mm512_sqrt_ps(a); }
 inline V loadu(const float* p) { return _mm512_loadu_ps(p); }
 inline void storeu(float* p, V a) { _mm512_storeu_ps(p, a); }
 inline V permute(const int32_t* index, V a) { return _mm512_permutexvar_ps(_mm512_loadu_si512(index), a); }
-inline V mask(V a, V b) { return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
+inline V mask(V a, V b) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
 inline V scale2(V a, V bits) {  // a · 2^n, n in the low bits of `bits`
   return _mm512_castsi512_ps(
       _mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(bits), 23)));
@@ -154,12 +156,14 @@ void pack(float* to, int out, int in, const F& at) {
   }
 }
 
-template <int R, class F>
-inline void product_rows(const float* w, const float* b, int o, int in, const V* x, int T, const F& give) {
+template <int R, int TILE, class F>
+inline void product_rows(const float* w, const float* b, int o, int in, const V* x, int tile, const F& give) {
+  const int T = TILE ? TILE : tile;
   for (int v = 0; v < T; v += 2) {
     V a0[R], a1[R];
+    const float* c = b + o;
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) a0[r] = a1[r] = set(b ? b[o + r] : 0.0f);
+    for (int r = 0; r < R; ++r) a0[r] = a1[r] = set(b ? c[r] : 0.0f);
     const float* p = w;
     const V* q = x + v;
     for (int i = 0; i < in; ++i, p += R, q += T) {
@@ -172,26 +176,32 @@ inline void product_rows(const float* w, const float* b, int o, int in, const V*
       }
     }
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) give((o + r) * T + v, v, a0[r]), give((o + r) * T + v + 1, v + 1, a1[r]);
+    for (int r = 0, at = o * T + v; r < R; ++r, at += T) give(at, v, a0[r]), give(at + 1, v + 1, a1[r]);
+  }
+}
+
+template <int TILE, class F>
+inline void product_tile(const float* w, const float* b, int out, int in, const V* x, int T, const F& give) {
+  for (int o = 0; o < out;) {
+    int rows = rows_of(out - o);
+    switch (rows) {
+      case WIDE: product_rows<WIDE, TILE>(w, b, o, in, x, T, give); break;
+#if LANES == 16
+      case 8: product_rows<8, TILE>(w, b, o, in, x, T, give); break;
+#endif
+      case 4: product_rows<4, TILE>(w, b, o, in, x, T, give); break;
+      case 2: product_rows<2, TILE>(w, b, o, in, x, T, give); break;
+      default: product_rows<1, TILE>(w, b, o, in, x, T, give);
+    }
+    o += rows, w += rows * in;
   }
 }
 
 // give(place, vector, W·x + b) for each row and vector of the result.
 template <class F>
 inline void product(const float* w, const float* b, int out, int in, const V* x, int T, const F& give) {
-  for (int o = 0; o < out;) {
-    int rows = rows_of(out - o);
-    switch (rows) {
-      case WIDE: product_rows<WIDE>(w, b, o, in, x, T, give); break;
-#if LANES == 16
-      case 8: product_rows<8>(w, b, o, in, x, T, give); break;
-#endif
-      case 4: product_rows<4>(w, b, o, in, x, T, give); break;
-      case 2: product_rows<2>(w, b, o, in, x, T, give); break;
-      default: product_rows<1>(w, b, o, in, x, T, give);
-    }
-    o += rows, w += rows * in;
-  }
+  if (T == 2) return product_tile<2>(w, b, out, in, x, T, give);  // most often; known to the compiler
+  product_tile<0>(w, b, out, in, x, T, give);
 }
 
 // out[a][b] += the sum over lanes of a·b, for rows of two groups that lie in `tiles` tiles `stride` vectors apart.

@@ -249,11 +249,12 @@ template <bool BACK>
 void forward_tile(const Plan& s, const Packed& w, Tile& t) {
   int c = s.c, T = s.T;
   norm(t.x, t.n1, t.r1, c, T, s.eps1);
-  product(w.qkv, w.qkv_b, 3 * c, c, t.n1, T, [&](int i, int, V a) { t.qkv[i] = a; });
+  product(w.qkv, w.qkv_b, 3 * c, c, t.n1, T, [q = t.qkv](int i, int, V a) { q[i] = a; });
   s.shared ? attention<true>(s, t) : attention<false>(s, t);
-  product(w.proj, w.proj_b, c, c, t.o, T, [&](int i, int v, V a) { t.x1[i] = fma(a, t.s1[v], t.x[i]); });
+  product(w.proj, w.proj_b, c, c, t.o, T,
+          [to = t.x1, by = t.s1, x = t.x](int i, int v, V a) { to[i] = fma(a, by[v], x[i]); });
   norm(t.x1, t.n2, t.r2, c, T, s.eps2);
-  product(w.fc1, w.fc1_b, s.hidden, c, t.n2, T, [&](int i, int, V a) { t.h[i] = a; });
+  product(w.fc1, w.fc1_b, s.hidden, c, t.n2, T, [h = t.h](int i, int, V a) { h[i] = a; });
   for (int i = 0; i < s.hidden * T; ++i) {
     V x = t.h[i], p = phi(x);
     t.h[i] = x * p;
@@ -261,19 +262,20 @@ void forward_tile(const Plan& s, const Packed& w, Tile& t) {
     if (BACK) t.slope[i] = fma(x, exp2(fma(x * x, set(-0.72134752f), set(-1.32574806f))), p);
   }
   if (BACK) return;
-  product(w.fc2, w.fc2_b, c, s.hidden, t.h, T, [&](int i, int v, V a) { t.y[i] = fma(a, t.s2[v], t.x1[i]); });
+  product(w.fc2, w.fc2_b, c, s.hidden, t.h, T,
+          [to = t.y, by = t.s2, x = t.x1](int i, int v, V a) { to[i] = fma(a, by[v], x[i]); });
 }
 
 // From t.y, the output's gradient, to the input's in its place.
 void backward_tile(const Plan& s, const Packed& w, Tile& t) {
   int c = s.c, T = s.T;
   for (int i = 0; i < c * T; ++i) t.dz2[i] = t.y[i] * t.s2[i % T];
-  product(w.fc2_t, nullptr, s.hidden, c, t.dz2, T, [&](int i, int, V a) { t.dpre[i] = a * t.slope[i]; });
-  product(w.fc1_t, nullptr, c, s.hidden, t.dpre, T, [&](int i, int, V a) { t.dn[i] = a; });
+  product(w.fc2_t, nullptr, s.hidden, c, t.dz2, T, [to = t.dpre, by = t.slope](int i, int, V a) { to[i] = a * by[i]; });
+  product(w.fc1_t, nullptr, c, s.hidden, t.dpre, T, [to = t.dn](int i, int, V a) { to[i] = a; });
   norm_back(t.dn, t.n2, t.r2, t.y, t.y, c, T);
   for (int i = 0; i < c * T; ++i) t.dz1[i] = t.y[i] * t.s1[i % T];
-  product(w.proj_t, nullptr, c, c, t.dz1, T, [&](int i, int, V a) { t.dout[i] = a; });
+  product(w.proj_t, nullptr, c, c, t.dz1, T, [to = t.dout](int i, int, V a) { to[i] = a; });
   s.shared ? attention_back<true>(s, t) : attention_back<false>(s, t);
-  product(w.qkv_t, nullptr, c, 3 * c, t.dqkv, T, [&](int i, int, V a) { t.dn[i] = a; });
+  product(w.qkv_t, nullptr, c, 3 * c, t.dqkv, T, [to = t.dn](int i, int, V a) { to[i] = a; });
   norm_back(t.dn, t.n1, t.r1, t.y, t.y, c, T);
 }
