@@ -110,7 +110,7 @@ MISTAKES: dict[str, tuple[str, list[Any], list[str]]] = {
     "option before another": ("describe", [TNT, "--name", "--seed=1"], ["--name needs a value: --name=…"]),
     "option twice": ("describe", [TNT, "--seed=1", "--seed", "2"], ["--seed is given twice"]),
     "unreadable value": ("describe", [TNT, "--model.backbone={a: 1"], ["--model.backbone: not readable as YAML"]),
-    "unknown command": ("descrbe", [], ["'descrbe'", "did you mean 'describe'?", "allowed: bench, blocks, convert, "]),
+    "unknown command": ("descrbe", [], ["'descrbe'", "did you mean 'describe'?"]),
     "unknown timm model": ("describe", [RESNET, "--model.backbone.name=resnet5o"],
         ["model.backbone.name: ", "did you mean 'resnet50'?"]),
     "timm's arguments": ("describe", [RESNET, "--model.backbone.args={foo: 1}"], ["model.backbone: timm", "'foo'"]),

@@ -65,7 +65,8 @@ def linear_norm(layer: nn.Module, norm: Norm, x: Tensor) -> Tensor | None:
 
 def norm_into_linear(norm: Norm, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """Weight and bias of `layer(norm(x))` in one; None where that is not possible, or `x` too small to be worth it."""
-    if type(layer) is not Linear or x.numel() <= layer.weight.numel() or not folds(norm, x, layer):
+    # The size last: while a graph is recorded it is unknown, and to ask would fix it.
+    if type(layer) is not Linear or not folds(norm, x, layer) or x.numel() <= layer.weight.numel():
         return None
     scale, shift = scale_and_shift(norm)
     bias = layer.weight @ shift

@@ -117,12 +117,10 @@ def precision(words: Tensor) -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-@torch.compiler.assume_constant_result
 def available() -> bool:
     return native.library() is not None
 
 
-@torch.compiler.assume_constant_result
 @cache
 def works(words: int, width: int, heads: int, hidden: int, bias: bool, precision: str) -> bool:
     """Whether Triton is there and its kernels run on this GPU: both are tried, once for each form of the block."""
@@ -143,6 +141,11 @@ def works(words: int, width: int, heads: int, hidden: int, bias: bool, precision
         line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         print(f"no Triton kernel for the words of TNT, which run in plain PyTorch: {line}", file=sys.stderr)
         return False
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler for it, some seconds of every start.
+for asked in (available, works):
+    asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Shape(ctypes.Structure):

@@ -100,8 +100,10 @@ def in_pieces(make: Callable[[Tensor], Tensor], x: Tensor, hidden: int) -> Tenso
     Without gradients, what is in between is thrown away at once; if it is large, then that is in pieces, which stay in
     the processor's cache, while fresh memory from the system would cost more than the products themselves.
     """
+    if torch.is_grad_enabled() or not eager(x):
+        return make(x)
     rows = x.numel() // x.shape[-1]
-    if 4 * rows * hidden <= LARGE or torch.is_grad_enabled() or not eager(x):
+    if 4 * rows * hidden <= LARGE:
         return make(x)
     made = torch.cat([make(piece) for piece in x.reshape(rows, -1).split(onednn.ROWS)])
     return made.view(*x.shape[:-1], made.shape[-1])

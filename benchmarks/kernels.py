@@ -1,0 +1,216 @@
+"""The pieces of nets that have kernels of their own, against timm's and torch's: forward, and forward and backward.
+
+    uv run python benchmarks/kernels.py                         # one thread: its CPU time
+    uv run python benchmarks/kernels.py --threads 2 --rounds 5  # wall time, on an idle machine
+
+TNT's inner block: timm's, ours in PyTorch (the reference) and ours in one kernel, each in its own memory layout. The
+Linears of TNT-S's outer blocks at batch 8: torch's and ours. Attention of DeiT-S and TNT-S at batch 8 on queries, keys
+and values as they come out of one product: torch's and ours; bfloat16 is autocast on bfloat16 inputs. Weights and
+inputs are the same. *Δ* is the largest difference to the first row, of results and gradients, for each unit of the
+largest number: above 1e-5 in float32 (0.02 in bfloat16) the script stops. Whole nets: `nets.py`.
+
+Freed memory stays with the process. By default the C library gives some of it back, in one process and not in another,
+and its page faults then make timm's inner block, which has large tensors in between, up to twice as slow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from timm.models.tnt import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from blocks.attention import Attention
+from blocks.base import Features, Site, linear, to_map, tokens
+from blocks.kernels import inner
+from blocks.kernels.attention import attend
+from blocks.transformer import Encoder
+from framework.bench import equal, report
+from framework.bench.harness import CLOCKS, Candidate, Section, cpu_time, race, threads, wall_time
+from framework.bench.nets import DTYPES
+from framework.cli import quiet
+
+# Token sets, words, width, heads: TNT-S at batch 8, then small TNTs.
+INNER = [(1568, 16, 24, 4), (2048, 16, 12, 2), (2048, 4, 24, 4), (2048, 4, 12, 2), (392, 64, 24, 4)]
+# Rows, width and output width of TNT-S's outer Linears at batch 8.
+LINEAR = {"qkv": (1576, 384, 1152), "proj": (1576, 384, 384), "fc1": (1576, 384, 1536), "fc2": (1576, 1536, 384)}
+BATCH, TOKENS, HEADS, HEAD_DIM = 8, 197, 6, 64
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
+
+# Options of glibc's mallopt.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute a piece.
+
+    Args:
+        run: gives the result.
+        x: what it takes.
+        grad: of the result.
+        params: whose gradients are wanted besides that of `x`.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    x: Tensor
+    grad: Tensor
+    params: tuple[Tensor, ...] = ()
+
+    def forward(self, dtype: str) -> list[Tensor]:
+        with torch.no_grad(), autocast(dtype):
+            return [self.run(self.x)]
+
+    def both(self, dtype: str) -> list[Tensor]:
+        """The result, and the gradients of the input and of the parameters."""
+        x = self.x.detach().requires_grad_()
+        with autocast(dtype):
+            y = self.run(x)
+        return [y, *torch.autograd.grad(y, (x, *self.params), self.grad)]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a net in one size.
+
+    Args:
+        part: the size.
+        dtype: float32 or bfloat16.
+        ways: by name; the first is what the others are compared with.
+    """
+
+    part: str
+    dtype: str
+    ways: dict[str, Way]
+
+
+def autocast(dtype: str) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+class TimmInner(nn.Module):
+    """The inner part of timm's block."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.norm_in, self.attn_in = block.norm_in, block.attn_in
+        self.norm_mlp_in, self.mlp_in = block.norm_mlp_in, block.mlp_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn_in(self.norm_in(x))
+        return x + self.mlp_in(self.norm_mlp_in(x))
+
+
+def inner_block(sets: int, words: int, width: int, heads: int) -> Piece:
+    side = round(words**0.5)
+    theirs = TimmInner(Block(width, 32, words, heads, 4))
+    ours = Encoder(Site.at(width, side), mixer=partial(Attention, heads=heads))
+    x, grad = torch.randn(sets, words, width), torch.randn(sets, words, width)
+    equal.liven(theirs, x)
+    vector_to_parameters(parameters_to_vector(theirs.parameters()), ours.parameters())  # they come in the same order
+    turned, turned_grad = (value.transpose(1, 2).contiguous().transpose(1, 2) for value in (x, grad))
+    assert inner.serves(ours, turned), "the kernel is not there: is there a C++ compiler?"
+
+    def in_torch(x: Tensor) -> Tensor:
+        return tokens(ours(Features(to_map(x, (side, side)))).map)
+
+    params = tuple(ours.parameters())
+    ways = {
+        "timm": Way(theirs, x, grad, tuple(theirs.parameters())),
+        "ours, in PyTorch": Way(in_torch, x, grad, params),
+        "ours, kernel": Way(partial(inner.run, ours), turned, turned_grad, params),
+    }
+    return Piece(f"{sets} × {words} words of {width}, {heads} heads", "float32", ways)
+
+
+def product(name: str, rows: int, width: int, out: int) -> Piece:
+    theirs, ours = nn.Linear(width, out), linear(width, out)
+    ours.load_state_dict(theirs.state_dict())
+    x, grad = torch.randn(rows, width), torch.randn(rows, out)
+    layers = {"torch": theirs, "ours": ours}
+    ways = {who: Way(layer, x, grad, tuple(layer.parameters())) for who, layer in layers.items()}
+    return Piece(f"{name}: {rows} × {width} → {out}", "float32", ways)
+
+
+def attention(dtype: str) -> Piece:
+    qkv = torch.randn(BATCH, TOKENS, 3, HEADS, HEAD_DIM, dtype=DTYPES[dtype])
+    grad = torch.randn(BATCH, TOKENS, HEADS, HEAD_DIM, dtype=DTYPES[dtype]).transpose(1, 2)
+
+    def of(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda qkv: function(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+
+    functions: dict[str, Callable[..., Tensor]] = {"torch": F.scaled_dot_product_attention, "ours": attend}
+    ways = {who: Way(of(function), qkv, grad) for who, function in functions.items()}
+    return Piece(f"{dtype}: {BATCH} × {HEADS} heads, {TOKENS} tokens of {HEAD_DIM}", dtype, ways)
+
+
+def timed(title: str, piece: Piece, backward: bool, count: int, rounds: int) -> Section:
+    """Races the ways of a piece, which must give the same."""
+    stopwatch = cpu_time if count == 1 else wall_time
+    candidates, reference = [], None
+    for name, way in piece.ways.items():
+        act = partial(way.both if backward else way.forward, piece.dtype)
+        found = comparable(act())
+        reference = reference or found
+        apart = max(map(equal.difference, found, reference))
+        assert apart <= TOLERANCE[piece.dtype], f"{title}, {piece.part}: {name} differs by {apart:.2g}"
+        candidates.append(Candidate(name, act, extra={} if found is reference else {"Δ": apart}))
+    timings = race(candidates, stopwatch, rounds)
+    setting = {"dtype": piece.dtype, "backward": backward, "threads": count}
+    return Section(title, CLOCKS[stopwatch], timings, setting=setting, part=piece.part)
+
+
+def comparable(found: list[Tensor]) -> list[Tensor]:
+    """Gradients of parameters as one vector: timm has two where ours has one."""
+    values, params = found[:2], found[2:]
+    return [*values, torch.cat([value.flatten() for value in params])] if params else values
+
+
+def keep_memory() -> None:
+    """Has the C library keep what is freed, rather than give it back to the system and ask for it again."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        assert libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        assert libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="with 1, CPU time is measured, else wall time (default: 1)"
+    )
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="how often each is timed (default: 10)")
+    args = parser.parse_args()
+    quiet()
+    keep_memory()
+    torch.manual_seed(0)
+    before, found = report.circumstances(), []
+    pieces = {
+        "inner block of TNT, float32": [inner_block(*sizes) for sizes in INNER],
+        "Linear, float32": [product(name, *sizes) for name, sizes in LINEAR.items()],
+        "attention": [attention(dtype) for dtype in DTYPES],
+    }
+    with threads(args.threads):
+        for name, sizes in pieces.items():
+            for backward, what in ((False, "forward"), (True, "forward and backward")):
+                title = f"{name}: {what}, {args.threads} thread{'s' * (args.threads > 1)}"
+                parts = [timed(title, piece, backward, args.threads, args.rounds) for piece in sizes]
+                report.show(parts)
+                found += parts
+    print(report.write(report.where("kernels"), "kernels", report.sections(found), vars(args), **before))
+
+
+if __name__ == "__main__":
+    main()
