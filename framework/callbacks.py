@@ -8,6 +8,8 @@ import random
 import resource
 import signal
 import time
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,11 +19,18 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.profilers import PassThroughProfiler
 
 from framework.ablation.state import Status, read_status, write_status, write_text
 from framework.checkpoints import KEY, Kept
 
 MINUTES_BETWEEN_CHECKPOINTS = 10
+PICTURES_A_SECOND = 5
+NOTHING = nullcontext()
+WITHIN_A_STEP = (
+    *(f"on_{stage}_batch_{end}" for stage in ("train", "validation") for end in ("start", "end")),
+    "on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step",
+)  # fmt: skip
 
 
 def scalars(trainer: Trainer) -> dict[str, float]:
@@ -179,12 +188,13 @@ class Checkpoints(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if not self.asked and time.monotonic() - self.saved <= 60 * self.minutes:
+            return
         steps_now = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         ends_epoch = batch_idx + 1 >= trainer.num_training_batches
         if not steps_now or ends_epoch:
             return
-        if self.asked or time.monotonic() - self.saved > 60 * self.minutes:
-            self._save(trainer)
+        self._save(trainer)
         if self.asked:
             raise KeyboardInterrupt
 
@@ -243,10 +253,59 @@ class RandomState(Callback):
 
 
 class Bar(RichProgressBar):
-    """Lightning's Rich progress bar without the number of the TensorBoard folder."""
+    """Lightning's Rich progress bar, as often as one can read it: it draws itself in a thread that holds up the loop.
+
+    It shows what the task calls its latest values, and not the number of the TensorBoard folder.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=PICTURES_A_SECOND)
+        self.due = 0.0
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+        metrics = {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+        return {**metrics, **getattr(pl_module, "latest", {})}
+
+    def _now(self, batch_idx: int, batches: float) -> bool:
+        """Whether this batch is to be seen: the last one is."""
+        now = time.monotonic()
+        if now < self.due and batch_idx + 1 < batches:
+            return False
+        self.due = now + 1 / PICTURES_A_SECOND
+        return True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._now(batch_idx, self.total_train_batches):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._now(batch_idx, self.total_val_batches_current_dataloader):
+            super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+
+def pass_over(callbacks: Iterable[Callback]) -> None:
+    """Takes from callbacks the hooks within a step that do nothing: Lightning calls only what is callable."""
+    for callback in callbacks:
+        for name in WITHIN_A_STEP:
+            if getattr(type(callback), name) is getattr(Callback, name):
+                setattr(callback, name, None)
+
+
+class Unprofiled(PassThroughProfiler):
+    """Lightning's default, without the generator that it makes for each hook of each callback, 70 times a step."""
+
+    def profile(self, action_name: str) -> Any:
+        return NOTHING
 
 
 class Record(Callback):

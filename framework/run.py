@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from framework.ablation.state import read_study, write_text
-from framework.callbacks import Bar, Checkpoints, Keep, RandomState, Record, RunState
+from framework.callbacks import Bar, Checkpoints, Keep, RandomState, Record, RunState, Unprofiled, pass_over
 from framework.checkpoints import Kept, WholeFiles, read_checkpoint
 from framework.config import compose, dump
 from framework.construct import Workbench, complete
@@ -166,6 +166,10 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
         write_text(folder / RESOLVED, dump(finished))
         write_provenance(folder, int(document.get("seed", 0)))
     seed_everything(int(document.get("seed", 0)), workers=True, verbose=False)
+    if not torch.cuda.is_available():
+        # Lightning sets it, so that processes can be forked after CUDA was looked for. Where there is none, torch's
+        # optimizers look for its library in each step then.
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     bench = Workbench(finished)
     data, model = bench.make_data(), bench.make_model()
     if document.get("weights") and not checkpoint:
@@ -196,11 +200,13 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 10,
+        "profiler": Unprofiled(),
     }
     arguments = {key: value for key, value in defaults.items() if key not in given}
     if given.get("logger") in (None, True):
         arguments["logger"] = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
     trainer = bench.make_trainer(callbacks=callbacks, **arguments)
+    pass_over(trainer.callbacks)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeFiles()
     try:

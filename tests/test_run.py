@@ -86,6 +86,8 @@ def test_tensorboard_has_curves_samples_and_a_row_of_hparams(whole: Path) -> Non
     assert {"train/loss", "val/loss", "val/acc1", "val/acc5", "lr", "hparams/val/acc1"} <= set(tags["scalars"])
     assert tags["images"]
     assert len(events.Scalars("val/acc1")) == 5
+    steps = [event.step for event in events.Scalars("train/loss_step")]
+    assert steps == list(range(9, 5 * (events.Scalars("val/acc1")[0].step + 1), 10))
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"model.backbone.dim" in content
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,9 +19,11 @@ class Task(LightningModule, ABC):
 
     Attributes:
         backbone: the net under it.
+        latest: what a progress bar shows of the last steps, beside what was logged for it.
     """
 
     backbone: Backbone
+    latest: Mapping[str, float] = {}
 
     @abstractmethod
     def read_parts(self) -> frozenset[str]:
@@ -47,6 +50,14 @@ class Task(LightningModule, ABC):
         self._sharded = True
 
     _sharded = False  # Lightning calls configure_model for each of its stages
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes on the task which hook it is in, 40 times a step: a plain attribute, which torch need not look
+        # for among parameters, buffers and modules.
+        if (value is None or type(value) is str) and name in self.__dict__:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import reduce
+from inspect import signature
+from operator import add
 from typing import Any, Literal, Self, cast
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from blocks.base import BuildError
 from blocks.heads import AveragePoolHead, HeadFactory
@@ -19,13 +22,18 @@ from framework.mix import Mix, NoMix
 from framework.objectives import CrossEntropy, Objective, Step
 from framework.optim import AdamW, Cosine, Optimizer, Schedule
 from framework.tasks.base import Task
+from framework.tasks.mean import Mean
+
+# The means over training steps.
+TRAINED = ("train/", "weight/")
 
 
 class Classification(Task):
     """One label for each image: a backbone, a head, and a sum of loss terms.
 
     Logs, each epoch: `train/loss` and each loss term, `val/loss`, `val/acc1`, `val/acc5` (fractions), the same for
-    test, and `lr`. Of two terms or more, the values (`train/<name>`) and factors (`weight/<name>`).
+    test, and `lr`. Of two terms or more, the values (`train/<name>`) and factors (`weight/<name>`). Loggers alone get
+    `train/loss_step`, the loss of every `trainer.log_every_n_steps`-th step.
 
     Args:
         backbone: the net.
@@ -70,14 +78,12 @@ class Classification(Task):
         self.frozen = freeze == "backbone"
         if self.frozen:
             self.backbone.requires_grad_(False).eval()
-        top5 = min(5, num_classes)
-        self.metrics = nn.ModuleDict(
-            {
-                f"{stage}_{name}": MulticlassAccuracy(num_classes, top_k=k, average="micro")
-                for stage in ("val", "test")
-                for name, k in (("acc1", 1), ("acc5", top5))
-            }
-        )
+        names = ["train/loss", *(f"{stage}/{name}" for stage in ("val", "test") for name in ("loss", "acc1", "acc5"))]
+        if len(self.objectives) > 1:
+            names += [f"{kind}/{name}" for kind in ("train", "weight") for name in self.objectives]
+        self.means = nn.ModuleDict({name: Mean() for name in names})
+        self._logged: set[str] = set()  # those of `means` that Lightning knows of in this epoch
+        self._sums: dict[str, list[Tensor]] = {}  # of a checkpoint
 
     @property
     def terms(self) -> dict[str, Objective]:
@@ -110,16 +116,36 @@ class Classification(Task):
         return self.head.pooled(self.backbone(images))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, targets = self.mix(*batch, self.num_classes, self.trainer.fit_loop.total_batch_idx)
+        at = self.trainer.fit_loop.total_batch_idx
+        images, targets = self.mix(*batch, self.num_classes, at)
         step, terms = self._step(images, targets), self.terms
         values = {name: term(step) for name, term in terms.items()}
-        loss = torch.stack([terms[name].weight * value for name, value in values.items()]).sum()
-        self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
+        loss = reduce(add, [terms[name].weight * value for name, value in values.items()])
+        count = len(images)
+        sums: dict[str, Tensor | float] = {"train/loss": loss.detach() * count}
         if len(values) > 1:
-            logged = {f"train/{name}": value for name, value in values.items()}
-            logged |= {f"weight/{name}": terms[name].weight for name in values}
-            self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
+            sums |= {f"train/{name}": value.detach() * count for name, value in values.items()}
+            sums |= {f"weight/{name}": terms[name].weight * count for name in values}
+        self._note(sums, count)
+        every = self.trainer.log_every_n_steps
+        if every and (at + 1) % every == 0:
+            self.latest = {"loss": float(loss.detach())}
+            for logger in self.loggers:
+                logger.log_metrics({"train/loss_step": self.latest["loss"]}, self.global_step)
         return loss
+
+    training_step.__signature__ = signature(training_step)  # type: ignore[attr-defined]  # Lightning asks in each step
+
+    def _note(self, sums: Mapping[str, Tensor | float], count: int) -> None:
+        """Adds to the means over the epoch what the images of a batch add up to."""
+        for name, total in sums.items():
+            mean = cast(Mean, self.means[name])
+            if name in self._logged:
+                mean.add(total, count)
+            else:
+                self._logged.add(name)
+                mean.update(total, count)
+                self.log(name, mean, on_step=False, on_epoch=True, prog_bar=name == "val/acc1")
 
     def _step(self, images: Tensor, targets: Tensor) -> Step:
         with torch.no_grad() if self.frozen else nullcontext():
@@ -129,17 +155,56 @@ class Classification(Task):
         apart = any(term.token == "distillation" for term in self.terms.values())
         return Step(images, targets, features, logits, first if apart else logits, others[0] if others else None)
 
+    def _forget(self, *stages: str) -> None:
+        """Starts the means of these stages anew."""
+        for name, mean in self._means(*stages):
+            mean.reset()
+            self._logged.discard(name)
+
+    def _means(self, *stages: str) -> Iterator[tuple[str, Mean]]:
+        return ((name, cast(Mean, mean)) for name, mean in self.means.items() if name.startswith(stages))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        total = self.trainer.strategy.reduce  # in place
+        checkpoint["sums"] = {
+            name: [total(state.clone(), reduce_op="sum") for state in (mean.total, mean.count)]
+            for name, mean in self._means(*TRAINED)
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._sums = checkpoint.get("sums", {})
+
+    def on_train_start(self) -> None:
+        self._forget(*TRAINED)
+        # A run goes on in the midst of an epoch; on the first device alone, as they are those of all of them.
+        if self.trainer.is_global_zero:
+            for name, mean in self._means(*TRAINED):
+                mean.add(*self._sums.get(name, (0, 0)))
+        self._sums = {}
+
+    def on_train_epoch_start(self) -> None:
+        self._forget(*TRAINED)
+
+    def on_validation_epoch_start(self) -> None:
+        self._forget("val/")
+
+    def on_test_epoch_start(self) -> None:
+        self._forget("test/")
+
     def on_train_epoch_end(self) -> None:
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], sync_dist=True)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         images, targets = batch
         logits = self(images)
-        self.log(f"{stage}/loss", nn.functional.cross_entropy(logits, targets), sync_dist=True, batch_size=len(images))
-        for name in ("acc1", "acc5"):
-            metric = cast(Any, self.metrics[f"{stage}_{name}"])
-            metric(logits, targets)
-            self.log(f"{stage}/{name}", metric, prog_bar=name == "acc1", batch_size=len(images))
+        count = len(images)
+        ranked = logits.topk(min(5, self.num_classes)).indices == targets[:, None]
+        sums = {
+            f"{stage}/loss": nn.functional.cross_entropy(logits, targets) * count,
+            f"{stage}/acc1": (logits.argmax(dim=1) == targets).sum(),
+            f"{stage}/acc5": ranked.sum(),
+        }
+        self._note(sums, count)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")
