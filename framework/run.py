@@ -206,7 +206,7 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
     if given.get("logger") in (None, True):
         arguments["logger"] = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
     trainer = bench.make_trainer(callbacks=callbacks, **arguments)
-    pass_over(trainer.callbacks)
+    pass_over(trainer.callbacks)  # type: ignore[attr-defined]
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeFiles()
     try:

@@ -127,7 +127,7 @@ class Classification(Task):
             sums |= {f"train/{name}": value.detach() * count for name, value in values.items()}
             sums |= {f"weight/{name}": terms[name].weight * count for name in values}
         self._note(sums, count)
-        every = self.trainer.log_every_n_steps
+        every = cast(Any, self.trainer).log_every_n_steps
         if every and (at + 1) % every == 0:
             self.latest = {"loss": float(loss.detach())}
             for logger in self.loggers:
