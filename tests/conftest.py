@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,14 @@ EXPERIMENTS = REPO / "experiments"
 CONFIGS = REPO / "tests/configs"
 
 torch.set_num_threads(1)  # pytest-xdist runs one process for each core
+
+
+@pytest.fixture(autouse=True)
+def _no_rank_is_left() -> Iterator[None]:
+    """Lightning numbers this process when it starts others; the next test's run would take itself for one of those."""
+    yield
+    for name in ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
