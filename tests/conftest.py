@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
 import torch
 
+from framework.cli import main
 from framework.config import compose, override
 
 REPO = Path(__file__).parent.parent
@@ -41,3 +44,50 @@ def tiny(_tiny: dict[str, Any]) -> Callable[..., dict[str, Any]]:
         return override(deepcopy(_tiny), {name.replace("__", "."): value for name, value in settings.items()})
 
     return make
+
+
+Write = Callable[[str, str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def make(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dedent(text))
+        return path
+
+    return make
+
+
+@dataclass
+class Result:
+    """What a command ended with."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of a mistake."""
+        assert self.code == 2, f"exit code {self.code}: {self.out}"
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: ")
+        assert "Traceback" not in lines[0] + self.out
+        assert len(lines[0]) < 500
+        return lines[0]
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
+    def run(*words: str | Path) -> Result:
+        capfd.readouterr()
+        code = main([str(word) for word in words])
+        return Result(code, *capfd.readouterr())
+
+    return run

@@ -41,7 +41,8 @@ from blocks.stems import ConvStem, PatchStem
 from blocks.structure import ClassToken, ConvEmbed, FromModule, MakeWords, Merge
 from blocks.tnt import TNT, SentenceStem
 from blocks.transformer import Encoder
-from tests.contract import BLOCK_CHECKS, PART_CHECKS, assert_channels_last, build, features
+from tests.contract import BLOCK_CHECKS, assert_channels_last, build, features
+from tests.contract_parts import PART_CHECKS
 from tests.settings import ENCODER, HEADS, SLOTS, TABLE, UNPUBLISHED, WORDS, Case, at
 
 BLOCK_ROWS = [(cls, case) for cls, cases in TABLE.items() if issubclass(cls, Block) for case in cases]

@@ -2,60 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import yaml
 
 from framework.cli import main
-from framework.config import compose, dump
-from tests.conftest import CONFIGS, EXPERIMENTS, REPO
+from framework.config import dump
+from tests.conftest import CONFIGS, EXPERIMENTS, REPO, Cli
 
 TNT, NEXT_VIT, POS = CONFIGS / "tnt.yaml", CONFIGS / "pyramid.yaml", CONFIGS / "study.yaml"
 RESNET = EXPERIMENTS / "zoo/timm_resnet50.yaml"
-
-
-@dataclass
-class Result:
-    """What a command ended with."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line of a mistake."""
-        assert self.code == 2, f"exit code {self.code}: {self.out}"
-        lines = self.err.splitlines()
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("error: ")
-        assert "Traceback" not in lines[0] + self.out
-        assert len(lines[0]) < 500
-        return lines[0]
-
-
-Cli = Callable[..., Result]
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
-    def run(*words: str | Path) -> Result:
-        capfd.readouterr()
-        code = main([str(word) for word in words])
-        return Result(code, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -317,140 +279,3 @@ def test_plan_prints_the_cells_and_makes_nothing(cli: Cli, tmp_path: Path) -> No
     assert "pos: 12 runs (4 cells × 3 seeds), 0 of them finished" in found.out
     assert len([line for line in found.out.splitlines() if "learned" in line or "none" in line]) == 4
     assert not list(tmp_path.iterdir())
-
-
-# ---- fit and what follows
-
-
-@dataclass
-class Trained:
-    """A run of `fit`: its folder and what was printed."""
-
-    folder: Path
-    out: str
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, _tiny: dict[str, Any]) -> Trained:
-    import contextlib
-    import io
-
-    root = tmp_path_factory.mktemp("fit")
-    (root / "tiny.yaml").write_text(dump({**_tiny, "name": "tiny"}))
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert main(["fit", "--config", str(root / "tiny.yaml"), "--runs", str(root / "runs")]) == 0
-    return Trained(root / "runs/tiny/0", out.getvalue())
-
-
-def test_fit_leaves_a_run_folder(trained: Trained) -> None:
-    for name in ("config.yaml", "resolved.yaml", "status.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt"):
-        assert (trained.folder / name).is_file(), name
-    status = json.loads((trained.folder / "status.json").read_text())
-    assert (status["state"], status["epoch"]) == ("finished", 1)
-    assert {"val/acc1", "val/loss", "train/loss"} <= set(status["metrics"])
-    for text in (f"run folder: {trained.folder}", "after 1 epochs", "val/acc1", "last.ckpt", "tensorboard --logdir"):
-        assert text in trained.out
-
-
-def test_fit_again_makes_a_new_folder(cli: Cli, trained: Trained) -> None:
-    """From the run folder's own config.yaml, which gives the same weights."""
-    runs = trained.folder.parent.parent
-    assert cli("fit", "--config", trained.folder / "config.yaml", "--runs", runs).code == 0
-    again = runs / "tiny/1"
-    assert (again / "config.yaml").read_text() == (trained.folder / "config.yaml").read_text()
-    first, second = (torch.load(f / "checkpoints/last.ckpt", weights_only=True) for f in (trained.folder, again))
-    assert all(torch.equal(first["state_dict"][key], second["state_dict"][key]) for key in first["state_dict"])
-
-
-def test_fit_goes_on_in_place(cli: Cli, trained: Trained, tmp_path: Path) -> None:
-    folder = tmp_path / "tiny/0"
-    shutil.copytree(trained.folder, folder)
-    words = ["--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints/last.ckpt", "--runs", tmp_path]
-    before = json.loads((folder / "status.json").read_text())["metrics"]
-    done = cli("fit", *words)
-    assert "nothing left to train after 1 epochs" in done.out
-    assert json.loads((folder / "status.json").read_text())["metrics"] == before
-    more = cli("fit", *words, "--trainer.max_epochs=3")
-    assert (more.code, "after 3 epochs" in more.out) == (0, True)
-    assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["0"]
-    status = json.loads((folder / "status.json").read_text())
-    assert (status["state"], status["epoch"]) == ("finished", 3)
-    assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_epochs"] == 3
-    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
-
-
-@pytest.mark.parametrize("command", ["fit", "test", "validate", "predict"])
-def test_a_checkpoint_of_another_net_is_one_line(cli: Cli, trained: Trained, command: str) -> None:
-    last = trained.folder / "checkpoints/last.ckpt"
-    words = ["--config", trained.folder / "config.yaml", "--ckpt_path", last, "--model.backbone.dim=32"]
-    message = cli(command, *words).error
-    assert f"--ckpt_path: {last} holds another net than the config" in message
-    assert "backbone.stem." in message
-
-
-@pytest.mark.parametrize("command", ["fit", "test"])
-def test_a_damaged_checkpoint_is_one_line(cli: Cli, trained: Trained, tmp_path: Path, command: str) -> None:
-    path = tmp_path / "half.ckpt"
-    whole = (trained.folder / "checkpoints/last.ckpt").read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"nothing like it"):
-        path.write_bytes(content)
-        message = cli(command, "--config", trained.folder / "config.yaml", "--ckpt_path", path).error
-        assert f"--ckpt_path: {path} is no checkpoint of this program, or a damaged one" in message
-    torch.save({"weights": 1}, path)
-    assert "is no checkpoint" in cli(command, "--config", trained.folder / "config.yaml", "--ckpt_path", path).error
-
-
-def test_a_missing_checkpoint_names_those_that_are_there(cli: Cli, trained: Trained) -> None:
-    folder = trained.folder / "checkpoints"
-    message = cli("test", "--config", TNT, "--ckpt_path", folder / "lst.ckpt").error
-    assert f"there are {folder / 'best.ckpt'}, {folder / 'last.ckpt'}" in message
-
-
-@pytest.mark.parametrize("command", ["validate", "test"])
-def test_validate_and_test_measure_the_last_checkpoint(cli: Cli, trained: Trained, command: str) -> None:
-    split = "val" if command == "validate" else "test"
-    found = cli(command, "--config", trained.folder / "config.yaml")
-    assert (found.code, found.err) == (0, "")
-    assert "checkpoints/last.ckpt" in found.out
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in found.out.splitlines() if "│" in line]
-    values = {name: float(value) for name, value in cells}
-    assert set(values) == {f"{split}/acc1", f"{split}/acc5", f"{split}/loss"}
-    if command == "validate":
-        saved = json.loads((trained.folder / "status.json").read_text())["metrics"]
-        assert values == {name: float(f"{saved[name]:.4g}") for name in values}
-
-
-def test_predict_writes_probabilities(cli: Cli, trained: Trained, tmp_path: Path) -> None:
-    path = tmp_path / "p.csv"
-    found = cli("predict", "--config", trained.folder / "config.yaml", "--out", path)
-    assert (found.code, found.out, found.err) == (0, f"300 images → {path}\n", "")
-    with path.open(newline="") as file:
-        head, *rows = csv.reader(file)
-    assert head == ["index", "label", "prediction", "confidence", *map(str, range(10))]
-    assert [int(row[0]) for row in rows] == list(range(300))
-    values = np.array([[float(p) for p in row[4:]] for row in rows])
-    np.testing.assert_allclose(values.sum(1), 1, atol=1e-5)
-    assert [int(row[2]) for row in rows] == values.argmax(1).tolist()
-    np.testing.assert_array_equal([float(row[3]) for row in rows], values.max(1))
-
-
-def test_predict_is_what_the_net_gives(cli: Cli, trained: Trained, tmp_path: Path) -> None:
-    from framework.construct import Workbench, complete
-    from framework.tasks import Classification
-
-    path = tmp_path / "p.csv"
-    cli("predict", "--config", trained.folder / "config.yaml", "--out", path)
-    data = Workbench(complete(compose([trained.folder / "config.yaml"]))).make_data()
-    model = Classification.load_from_checkpoint(trained.folder / "checkpoints/last.ckpt").eval()
-    images, _ = next(iter(data.test_dataloader()))
-    with torch.no_grad():
-        want = model(images[:5]).softmax(1)
-    rows = list(csv.reader(path.open(newline="")))[1:6]
-    np.testing.assert_allclose([[float(p) for p in row[4:]] for row in rows], want.numpy(), atol=2e-6)
-
-
-def test_predict_needs_a_folder_to_write_to(cli: Cli, trained: Trained) -> None:
-    config = trained.folder / "config.yaml"
-    assert "--out: no such folder: /nowhere" in cli("predict", "--config", config, "--out", "/nowhere/p.csv").error
-    assert "Is a directory" in cli("predict", "--config", config, "--out", trained.folder).error
