@@ -33,7 +33,8 @@ from framework.errors import ConfigError
 @pytest.fixture(autouse=True)
 def place(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(module, "cache_folder", lambda: cache)
 
 
 def picture(number: int, side: int = 8) -> bytes:
@@ -364,7 +365,7 @@ def test_the_index_goes_to_the_cache_where_the_folder_is_read_only(
     monkeypatch.setattr(Path, "open", read_only)
     labels = labels_of(folder)
     assert not list(folder.glob(".index*"))
-    assert len(list(Path(os.environ["XDG_CACHE_HOME"]).glob("tessera/.index-*.npz"))) == 1
+    assert len(list(module.cache_folder().glob(".index-*.npz"))) == 1
     assert torch.equal(labels_of(folder), labels)
     assert len(scans) == 4
 
