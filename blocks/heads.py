@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from blocks.base import BuildError, Features, Shape, linear
+from blocks.base import BuildError, Features, NormFactory, Shape, linear
+from blocks.norms import NoNorm
 
 
 class Head(nn.Module, ABC):
@@ -78,6 +79,7 @@ class AveragePoolHead(Head):
 
     Args:
         drop: dropout rate before the Linear.
+        norm: the normalisation of the mean (ConvNeXt, RevCol, SReT).
 
     Source: Lin et al. 2013, arXiv 1312.4400.
     """
@@ -85,13 +87,14 @@ class AveragePoolHead(Head):
     reads = frozenset({"map"})
     source = "Network in Network, arXiv 1312.4400"
 
-    def __init__(self, shape: Shape, num_classes: int, drop: float = 0.0) -> None:
+    def __init__(self, shape: Shape, num_classes: int, drop: float = 0.0, norm: NormFactory = NoNorm) -> None:
         super().__init__()
+        self.norm = norm(shape.dim)
         self.drop = nn.Dropout(drop)
         self.fc = linear(shape.dim, num_classes)
 
     def pooled(self, features: Features) -> Tensor:
-        return features.map.mean((2, 3))
+        return self.norm(features.map.mean((2, 3)))
 
     def forward(self, features: Features) -> Tensor:
         return self.fc(self.drop(self.pooled(features)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,8 +40,15 @@ class Hardswish(Act):
         return F.hardswish(x)
 
 
+class QuickGELU(Act):
+    """`x · sigmoid(1.702 x)`, the quick approximation of GELU that CvT and CLIP use (arXiv 1606.08415)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
 # What may be applied to some tokens at a time.
-ELEMENTWISE = (GELU, ReLU, SiLU, Hardswish)
+ELEMENTWISE = (GELU, ReLU, SiLU, Hardswish, QuickGELU)
 
 
 def round_width(width: float, to: int) -> int:

@@ -7,7 +7,7 @@ at the word level (`word_position`) alike. `NoPosition` is in `blocks.base`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,17 @@ class NetPosition(Position):
     """The net's own encoding: the default of every attention, which may name another one instead."""
 
 
-def resize_grid(table: Tensor, old: Grid, new: Grid) -> Tensor:
-    """`(1, old_h·old_w, C)` to `(1, new_h·new_w, C)`: bicubic, corners not aligned, no antialias.
+Resize = Literal["bicubic", "bilinear"]
+
+
+def resize_grid(table: Tensor, old: Grid, new: Grid, mode: Resize = "bicubic") -> Tensor:
+    """`(1, old_h·old_w, C)` to `(1, new_h·new_w, C)`: corners not aligned, no antialias.
 
     Source: facebookresearch/deit main.py, which T2T-ViT, LV-ViT and TNT follow; timm's default differs (antialias).
     """
     if old == new:
         return table
-    return tokens(F.interpolate(to_map(table, old), size=new, mode="bicubic", align_corners=False))
+    return tokens(F.interpolate(to_map(table, old), size=new, mode=mode, align_corners=False))
 
 
 class PositionTable(TokenPosition):
@@ -47,14 +50,23 @@ class PositionTable(TokenPosition):
 
     no_decay: ClassVar[frozenset[str]] = frozenset({"table"})
 
-    def __init__(self, at: Shape, std: float) -> None:
+    table: Tensor
+
+    def __init__(self, at: Shape, std: float, resize: Resize) -> None:
         super().__init__()
-        self.grid, self.prefix = at.grid, at.prefix
+        self.grid, self.prefix, self.resize = at.grid, at.prefix, resize
+        self._fill(at, std)
+
+    def _fill(self, at: Shape, std: float) -> None:
         self.table = token_parameter(1, at.prefix + at.positions, at.dim, std=std)
+
+    def resized(self, grid: Grid) -> Tensor:
+        """The vectors of the map's positions on another grid, `(1, h·w, C)`."""
+        return resize_grid(self.table[:, self.prefix :], self.grid, grid, self.resize)
 
     def forward(self, map: Tensor, prefix: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         grid = (map.shape[2], map.shape[3])
-        map = map + to_map(resize_grid(self.table[:, self.prefix :], self.grid, grid), grid)
+        map = map + to_map(self.resized(grid), grid)
         return map, None if prefix is None else prefix + self.table[:, : self.prefix]
 
 
@@ -64,14 +76,44 @@ class LearnedPosition(Position):
 
     Args:
         std: standard deviation of the initial values.
+        resize: how they are interpolated at another image size; PVT and CCT do it bilinearly.
 
     Source: ViT, arXiv 2010.11929; TNT, arXiv 2103.00112, equations 3 and 4.
     """
 
     std: float = 0.02
+    resize: Resize = "bicubic"
 
     def tokens(self, at: Shape) -> TokenPosition:
-        return PositionTable(at, self.std)
+        return PositionTable(at, self.std, self.resize)
+
+
+class SinusoidTable(PositionTable):
+    """A fixed vector for each token, prefix tokens first, kept in checkpoints as their publishers do."""
+
+    def _fill(self, at: Shape, std: float) -> None:
+        where = torch.arange(at.prefix + at.positions, dtype=torch.float64)[:, None]
+        channel = torch.arange(at.dim, dtype=torch.float64)
+        angles = where / 10000.0 ** (2 * torch.div(channel, 2, rounding_mode="floor") / at.dim)
+        table = torch.where(channel % 2 == 0, angles.sin(), angles.cos())
+        self.register_buffer("table", table[None].to(torch.get_default_dtype()))
+
+
+@dataclass(frozen=True)
+class SinusoidPosition(Position):
+    """Fixed sines and cosines of the place in the sequence, prefix tokens included: in one dimension, not two.
+
+    Args:
+        resize: how they are interpolated at another image size.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.5; as T2T-ViT, arXiv 2101.11986, and CCT, arXiv
+    2104.05704, use it.
+    """
+
+    resize: Resize = "bicubic"
+
+    def tokens(self, at: Shape) -> TokenPosition:
+        return SinusoidTable(at, 0.0, self.resize)
 
 
 def sincos_table(grid: Grid, dim: int, temperature: float) -> Tensor:

@@ -176,28 +176,43 @@ class ConvEmbed(Block):
     Args:
         kernel: side of the convolution; 0 is the stride itself, so that patches do not overlap (PVT).
         norm: the normalisation behind it.
+        padding: zeros at each edge; by default half of the kernel, and none where patches do not overlap.
+        depthwise: whether each channel that comes in makes its own share of those that go out (SReT).
 
     Raises:
-        BuildError: the kernel is smaller than the stride, patches that do not overlap do not fit the map, or prefix
-            tokens come along.
+        BuildError: the kernel is smaller than the stride, patches that do not overlap do not fit the map, the map is
+            smaller than the kernel, a depthwise convolution's width does not divide, or prefix tokens come along.
 
-    Source: PVT, arXiv 2102.12122, section 3.2; overlapping as in CvT, arXiv 2103.15808, section 3.1.
+    Source: PVT, arXiv 2102.12122, section 3.2; overlapping as in CvT, arXiv 2103.15808, section 3.1; depthwise as in
+    SReT, arXiv 2111.05297.
     """
 
-    source = "PVT, arXiv 2102.12122; CvT, arXiv 2103.15808"
+    source = "PVT, arXiv 2102.12122; CvT, arXiv 2103.15808; SReT, arXiv 2111.05297"
     counts = False
 
-    def __init__(self, site: Site, kernel: int = 0, norm: NormFactory = LayerNorm) -> None:
+    def __init__(
+        self,
+        site: Site,
+        kernel: int = 0,
+        norm: NormFactory = LayerNorm,
+        padding: int | None = None,
+        depthwise: bool = False,
+    ) -> None:
         super().__init__()
         site.no_prefix(self)
         s, (h, w) = site.stride, site.inp.grid
         k = kernel or s
         if k < s:
             raise site.error(self, f"with kernel {k} skips pixels at stride {s}; use a kernel of at least {s}")
-        pad = 0 if k == s else k // 2
-        if k == s and (h % s or w % s):
+        pad = padding if padding is not None else 0 if k == s else k // 2
+        if k == s and pad == 0 and (h % s or w % s):
             raise site.error(self, f"cannot cut a {show_grid((h, w))} map into patches of {s}; use kernel: {2 * s - 1}")
-        self.conv = nn.Conv2d(site.inp.dim, site.dim, k, stride=s, padding=pad)
+        if min(h, w) + 2 * pad < k or not 0 <= pad < k:
+            raise site.error(self, f"with kernel {k} and padding {pad} does not fit a {show_grid((h, w))} map")
+        if depthwise:
+            site.divides(self, site.dim, site.inp.dim, "depthwise channels")
+        groups = site.inp.dim if depthwise else 1
+        self.conv = nn.Conv2d(site.inp.dim, site.dim, k, stride=s, padding=pad, groups=groups)
         self.norm = norm(site.dim)
         grid = ((h + 2 * pad - k) // s + 1, (w + 2 * pad - k) // s + 1)
         self.out = replace(site.inp, dim=site.dim, grid=grid)

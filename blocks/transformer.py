@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from blocks.attention import Attention
 from blocks.base import (
     PARTS,
     Block,
     Features,
+    Grid,
     MixerFactory,
     MlpFactory,
     NormFactory,
@@ -35,8 +37,10 @@ class Encoder(Block):
         norm: the normalisation before each of the two.
         mixer_residual: how the mixer's branch is added (layer scale, gate, factor).
         mlp_residual: how the MLP's branch is added.
+        norm_stream: whether the second norm also replaces what the MLP's branch is added to, as in CCT.
 
-    Source: ViT, arXiv 2010.11929, equations 2 and 3; the slots follow MetaFormer, arXiv 2111.11418.
+    Source: ViT, arXiv 2010.11929, equations 2 and 3; the slots follow MetaFormer, arXiv 2111.11418; `norm_stream`
+    SHI-Labs/Compact-Transformers src/utils/transformers.py.
     """
 
     source = "ViT, arXiv 2010.11929; DeiT, arXiv 2012.12877; facebookresearch/deit"
@@ -49,6 +53,7 @@ class Encoder(Block):
         norm: NormFactory = LayerNorm,
         mixer_residual: ResidualFactory = Residual,
         mlp_residual: ResidualFactory = Residual,
+        norm_stream: bool = False,
     ) -> None:
         super().__init__()
         site.keeps_width(self)
@@ -58,6 +63,7 @@ class Encoder(Block):
         self.norm2 = norm(site.inp.dim)
         self.mlp = mlp(site.inside("mlp"))
         self.mlp_residual = mlp_residual(site.inside("mlp_residual"))
+        self.norm_stream = norm_stream
         self.prefix_only = False
         self.out = site.inp
 
@@ -76,10 +82,13 @@ class Encoder(Block):
             x, count = torch.cat([prefix, x], dim=1), prefix.shape[1]
         y = self.norm1(x)
         if self.prefix_only:
-            x = self.mixer_residual(cast(torch.Tensor, prefix), self.mixer(y, grid, rows=count))
-            return features.replace(prefix=self.mlp_residual(x, self.mlp(self.norm2(x), (0, 0))))
-        x = self.mixer_residual(x, self.mixer(y, grid))
-        x = self.mlp_residual(x, self.mlp(self.norm2(x), grid))
+            x = self.mixer_residual(cast(Tensor, prefix), self.mixer(y, grid, rows=count))
+            return features.replace(prefix=self._feed_forward(x, (0, 0)))
+        x = self._feed_forward(self.mixer_residual(x, self.mixer(y, grid)), grid)
         if prefix is None:
             return features.replace(map=to_map(x, grid))
         return features.replace(map=to_map(x[:, count:], grid), prefix=x[:, :count])
+
+    def _feed_forward(self, x: Tensor, grid: Grid) -> Tensor:
+        y = self.norm2(x)
+        return self.mlp_residual(y if self.norm_stream else x, self.mlp(y, grid))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from blocks.base import PARTS, Block, BlockFactory, BuildError, Features, NoPosition, NormFactory, Position, Shape, Site
 from blocks.norms import LayerNorm
 from blocks.stems import PatchStem
-from framework.build import Section, check_block, compose, make_block, meta_features, quiet_meta
+from framework.build import Section, check_block, check_rate, compose, make_block, meta_features, quiet_meta
 from framework.data.base import Image
 from framework.errors import nearest
 
@@ -43,6 +43,8 @@ class Stage:
         dims: another width for some of the names.
         blocks: arguments or other blocks for some names, in this stage only; they inherit from the backbone's.
         entry: name of a block that runs before the pattern.
+        drop_path: stochastic depth of this stage alone: rate of its last block, growing linearly from 0 at its first
+            (CvT); by default the backbone's, which grows over all stages.
     """
 
     dim: int
@@ -52,6 +54,7 @@ class Stage:
     # "inherits" tells the config walk which argument beside `stages` gives the base of each value
     blocks: dict[str, BlockFactory] = field(default_factory=dict, metadata={"inherits": "blocks"})
     entry: str = ""
+    drop_path: float | None = None
 
 
 class Backbone(nn.Module, ABC):
@@ -151,11 +154,6 @@ class Composed(Backbone):
         return Level(name, shape.dim, round(image.size / shape.grid[0]))
 
 
-def _check_rate(drop_path: float) -> None:
-    if not 0 <= drop_path < 1:
-        raise BuildError(f"{WHERE}.drop_path: got {drop_path}, must be at least 0 and less than 1")
-
-
 def _stem(stem: BlockFactory, image: Image, dim: int, position: Position, word_position: Position) -> Block:
     """The stem, made and checked like any block; it sees the image as a map of `image.channels` channels."""
     where, inp = f"{WHERE}.stem", Shape(image.channels, (image.size, image.size))
@@ -198,7 +196,7 @@ class Isotropic(Composed):
         norm: NormFactory = LayerNorm,
     ) -> None:
         super().__init__()
-        _check_rate(drop_path)
+        check_rate(drop_path, WHERE)
         section = Section(WHERE, pattern, dim, blocks=blocks)
         self.stem = _stem(stem, image, dim, position, word_position)
         made = compose([section], self.stem.out, drop_path=drop_path, position=position, word_position=word_position)[0]
@@ -262,13 +260,22 @@ class Pyramid(Composed):
         norm: NormFactory = LayerNorm,
     ) -> None:
         super().__init__()
-        _check_rate(drop_path)
+        check_rate(drop_path, WHERE)
         if not stages:
             raise BuildError(f"{WHERE}.stages: needs at least one stage, for example s1: {{dim: 64, pattern: …}}")
         sections = [
-            Section(f"{WHERE}.stages.{name}", s.pattern, s.dim, s.stride, {**blocks, **s.blocks}, s.dims, s.entry)
+            Section(
+                f"{WHERE}.stages.{name}",
+                s.pattern,
+                s.dim,
+                s.stride,
+                {**blocks, **s.blocks},
+                s.dims,
+                s.entry,
+                s.drop_path,
+            )
             for name, s in stages.items()
-        ]
+        ]  # fmt: skip
         self.stem = _stem(stem, image, sections[0].dim, position, word_position)
         made = compose(sections, self.stem.out, drop_path=drop_path, position=position, word_position=word_position)
         ends = [chain[-1].out for chain in made]
@@ -319,7 +326,7 @@ class TimmBackbone(Backbone):
                     f"{WHERE}.args: {key} is not set here: image and classes come from the data, weights from training"
                 )
         need_timm_name(name, f"{WHERE}.name")
-        _check_rate(drop_path)
+        check_rate(drop_path, WHERE)
         if drop_path:
             args = {"drop_path_rate": drop_path, **args}
         self.net = timm_net(timm.create_model, name, image, args)

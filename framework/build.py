@@ -30,6 +30,7 @@ class Section:
         blocks: the factories that the pattern names.
         dims: another width for some names.
         entry: name of a block that runs before the pattern.
+        drop_path: rate of the section's last block, growing linearly from 0 at its first; None: the net's rule.
     """
 
     where: str
@@ -39,8 +40,11 @@ class Section:
     blocks: Mapping[str, BlockFactory] = field(default_factory=dict)
     dims: Mapping[str, int] = field(default_factory=dict)
     entry: str = ""
+    drop_path: float | None = None
 
     def __post_init__(self) -> None:
+        if self.drop_path is not None:
+            check_rate(self.drop_path, self.where)
         sizes = {"dim": self.dim, "stride": self.stride} | {f"dims.{name}": dim for name, dim in self.dims.items()}
         for what, value in sizes.items():
             if value < 1:
@@ -93,7 +97,12 @@ def compose(
         planned = list(_chain(sections, shape, position, word_position, [0.0], check=True))
     if not depth:
         depth = sum(block.counts for _, block in planned)
-    rates = [drop_path * (i / max(depth - 1, 1)) for i in range(max(depth, 1))]
+    rates = linear_rates(drop_path, max(depth, 1))
+    for stage, section in enumerate(sections):
+        count = sum(block.counts for at, block in planned if at == stage)
+        if section.drop_path is not None:
+            first = index + sum(block.counts for at, block in planned if at < stage)
+            rates[first : first + count] = linear_rates(section.drop_path, count)
     built: list[list[Block]] = [[] for _ in sections]
     for (stage, block), (_, plan) in zip(
         _chain(sections, shape, position, word_position, rates, check=False, depth=depth, index=index),
@@ -104,6 +113,17 @@ def compose(
             raise BuildError(f"{sections[stage].where}: {type(block).__name__} gives another shape on the meta device")
         built[stage].append(block)
     return built
+
+
+def linear_rates(rate: float, count: int) -> list[float]:
+    """Stochastic depth of `count` blocks: from 0 at the first to `rate` at the last."""
+    return [rate * (i / max(count - 1, 1)) for i in range(count)]
+
+
+def check_rate(drop_path: float, where: str) -> None:
+    """Raises BuildError where it is no rate."""
+    if not 0 <= drop_path < 1:
+        raise BuildError(f"{where}.drop_path: got {drop_path}, must be at least 0 and less than 1")
 
 
 @contextmanager

@@ -18,10 +18,18 @@ from blocks.attention import Attention
 from blocks.base import Act, Block, FeedForward, Gate, Mixer, NoPosition, Norm, Position, Site, Words
 from blocks.gates import SE, NoGate, SigmoidGate, TanhGate
 from blocks.heads import AveragePoolHead, ClassTokenHead, DistilledHead, Head
-from blocks.mlp import GELU, Hardswish, Mlp, ReLU, SiLU
+from blocks.mlp import GELU, Hardswish, Mlp, QuickGELU, ReLU, SiLU
 from blocks.nextvit import EMHSA, MHCA, NCB, NTB
 from blocks.norms import BatchNorm, LayerNorm, NoNorm, RMSNorm
-from blocks.positions import ConditionalPosition, LearnedPosition, NetPosition, RelativeBias, RoPE, SinCosPosition
+from blocks.positions import (
+    ConditionalPosition,
+    LearnedPosition,
+    NetPosition,
+    RelativeBias,
+    RoPE,
+    SinCosPosition,
+    SinusoidPosition,
+)
 from blocks.residual import Residual
 from blocks.stems import ConvStem, PatchStem
 from blocks.structure import AddPosition, ClassToken, ConvEmbed, FromModule, Identity, MakeWords, Merge
@@ -84,6 +92,7 @@ TABLE: dict[type, list[Case]] = {
         ("rope", at(prefix=1, position=RoPE()), {"mixer": HEADS}),
         ("drop_path", at(prefix=1, drop_path=0.3), {"mixer": HEADS, "mlp_residual": SCALED}),
         ("dropout", ONE, {"mixer": partial(HEADS, attn_drop=0.1, proj_drop=0.1), "mlp": partial(Mlp, drop=0.1)}),
+        ("norm_stream", ONE, {"mixer": HEADS, "norm_stream": True}),
     ),
     TNT: rows(
         ("map", at(words=WORDS), {"inner": WORD_ENCODER, "outer": ENCODER}),
@@ -151,7 +160,10 @@ TABLE: dict[type, list[Case]] = {
     ),
     Merge: rows(("plain", at(stride=2, dim=64), {})),
     ConvEmbed: rows(
-        ("patches", at(stride=2, dim=64), {}), ("overlap", at(32, (7, 5), stride=2, dim=64), {"kernel": 3})
+        ("patches", at(stride=2, dim=64), {}),
+        ("overlap", at(32, (7, 5), stride=2, dim=64), {"kernel": 3}),
+        ("padding", at(32, (12, 9), stride=4, dim=64), {"kernel": 7, "padding": 2, "norm": LayerNorm}),
+        ("depthwise", at(stride=2, dim=64), {"kernel": 3, "depthwise": True, "norm": NoNorm}),
     ),
     FromModule: [
         *rows(("tokens", TWO, {"module": partial(TimmBlock, num_heads=4), "site_args": {"drop_path": "drop_path"}})),
@@ -184,14 +196,16 @@ TABLE: dict[type, list[Case]] = {
     ReLU: NOTHING,
     SiLU: NOTHING,
     Hardswish: NOTHING,
+    QuickGELU: NOTHING,
     # heads
     ClassTokenHead: rows(("plain", ONE, {}), ("more", TWO, {})),
-    AveragePoolHead: rows(("plain", MAP, {}), ("prefix", ONE, {})),
+    AveragePoolHead: rows(("plain", MAP, {}), ("prefix", ONE, {}), ("norm", MAP, {"norm": LayerNorm, "drop": 0.1})),
     DistilledHead: rows(("plain", TWO, {})),
     # positions
     NoPosition: NOTHING,
     NetPosition: NOTHING,
-    LearnedPosition: rows(("prefix", TWO, {}), ("map", MAP, {"std": 0.1})),
+    LearnedPosition: rows(("prefix", TWO, {}), ("map", MAP, {"std": 0.1, "resize": "bilinear"})),
+    SinusoidPosition: rows(("prefix", TWO, {}), ("map", MAP, {})),
     SinCosPosition: rows(("prefix", ONE, {}), ("map", MAP, {"temperature": 100.0})),
     ConditionalPosition: rows(("prefix", ONE, {}), ("wide", MAP, {"kernel": 5})),
     RelativeBias: rows(("prefix", TWO, {}), ("map", MAP, {"std": 0.1})),

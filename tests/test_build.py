@@ -247,6 +247,16 @@ def test_a_part_of_a_net_continues_the_decay() -> None:
     assert compose([section("enc")], MAP, drop_path=0.3)[0][0].mixer_residual.rate == 0.0
 
 
+def test_a_section_may_have_a_decay_of_its_own() -> None:
+    made = compose([section("cls enc*2"), section("enc id enc*2", drop_path=0.4)], MAP, drop_path=0.2)
+    rates = [block.mixer_residual.rate for chain in made for block in chain if block.counts]
+    assert rates == pytest.approx([0.0, 0.05, 0.0, 0.2, 0.4])
+    later = compose([section("enc*2", drop_path=0.4)], MAP, drop_path=0.2, depth=4, index=2)[0]
+    assert [block.mixer_residual.rate for block in later] == pytest.approx([0.0, 0.4])
+    with pytest.raises(BuildError, match=r"drop_path: got 1\.5, must be"):
+        section("enc", drop_path=1.5)
+
+
 def test_building_draws_for_the_real_blocks_alone() -> None:
     """What is checked on the meta device first leaves the random numbers as they were."""
     torch.manual_seed(0)

@@ -171,6 +171,7 @@ OTHERS: dict[str, Callable[[], Encoder]] = {
     "factor": lambda: encoder(4, 12, mlp_residual=partial(Residual, scale=0.5)),
     "activation": lambda: encoder(4, 12, mlp=partial(Mlp, act=ReLU)),
     "norm": lambda: encoder(4, 12, norm=RMSNorm),
+    "normed stream": lambda: encoder(4, 12, norm_stream=True),
     "dropout": lambda: encoder(4, 12, mlp=partial(Mlp, drop=0.1)),
     "attention dropout": lambda: encoder(4, 12, mixer=partial(Attention, heads=2, attn_drop=0.1)),
     "float64": lambda: encoder(4, 12).double(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,11 +13,20 @@ import torch
 from timm.layers import RelPosBias, RotaryEmbeddingCat, apply_rot_embed_cat, build_sincos2d_pos_embed
 from timm.models.twins import PosConv
 from torch import Tensor
+from torch.nn import functional as F
 
 from blocks.attention import Attention
 from blocks.base import BuildError, NoPosition, Position, Shape, Site, to_map, tokens
 from blocks.nextvit import EMHSA
-from blocks.positions import ConditionalPosition, LearnedPosition, NetPosition, RelativeBias, RoPE, SinCosPosition
+from blocks.positions import (
+    ConditionalPosition,
+    LearnedPosition,
+    NetPosition,
+    RelativeBias,
+    RoPE,
+    SinCosPosition,
+    SinusoidPosition,
+)
 from blocks.stems import PatchStem
 from blocks.structure import AddPosition
 from blocks.transformer import Encoder
@@ -28,6 +38,7 @@ from tests.vectors import load, tnt
 GRIDS = [(4, 4), (5, 3), (2, 7)]
 ENCODINGS: list[Position] = [
     NoPosition(), LearnedPosition(), SinCosPosition(), ConditionalPosition(), RelativeBias(), RoPE(),
+    SinusoidPosition(),
 ]  # fmt: skip
 
 
@@ -262,3 +273,23 @@ def test_positions_make_no_parameters_that_nothing_reads() -> None:
             Image(32), {"vit": partial(Encoder, mixer=partial(Attention, heads=2))}, "vit*2", 16, PatchStem, position
         )
         assert {name.split(".")[0] for name, _ in net.named_parameters() if "position" in name} == places
+
+
+def test_sinusoids_count_through_prefix_and_map() -> None:
+    """Position p, channel j: sine for even j, cosine for odd, of p / 10000^(2⌊j/2⌋/C)."""
+    part = SinusoidPosition().tokens(Shape(10, (2, 3), prefix=1))
+    want = [[math.sin(a) if j % 2 == 0 else math.cos(a) for j in range(10) for a in [p / 1e4 ** (j // 2 * 2 / 10)]]
+            for p in range(7)]  # fmt: skip
+    map, prefix = part(zero_map((2, 3), 10).float(), torch.zeros(1, 1, 10))
+    assert prefix is not None
+    torch.testing.assert_close(torch.cat([prefix, tokens(map)], 1)[0], torch.tensor(want), rtol=0, atol=1e-6)
+    assert "table" in part.state_dict()
+    assert not list(part.parameters())
+
+
+def test_a_table_is_resized_as_its_family_does() -> None:
+    for mode in ("bicubic", "bilinear"):
+        part = LearnedPosition(resize=mode).tokens(Shape(4, (4, 4)))
+        map = part(zero_map((6, 3), 4).float())[0]
+        want = F.interpolate(to_map(part.table, (4, 4)), size=(6, 3), mode=mode, align_corners=False)
+        torch.testing.assert_close(map, want, rtol=0, atol=0)

@@ -64,6 +64,8 @@ def standard(block: Encoder) -> bool:
     mixer, mlp = block.mixer, block.mlp
     if type(block) is not Encoder or type(mixer) is not Attention or type(mlp) is not Mlp or type(mlp.act) is not GELU:
         return False
+    if block.norm_stream:
+        return False
     if type(mixer.position) is not ScorePosition or type(mixer.gate) is not NoGate:
         return False
     if block.training and (mixer.attn_drop > 0 or mixer.proj_drop.p > 0 or mlp.drop.p > 0):

@@ -117,7 +117,8 @@ def _resized(module: nn.Module, value: Tensor, own: Tensor) -> Tensor | None:
         if side < 1 or side * side != count:
             return None
         prefix, table = value[:, : module.prefix], value[:, module.prefix :]
-        return torch.cat([prefix, resize_grid(table.float(), (side, side), module.grid).to(value.dtype)], dim=1)
+        table = resize_grid(table.float(), (side, side), module.grid, module.resize)
+        return torch.cat([prefix, table.to(value.dtype)], dim=1)
     if isinstance(module, RelativeBiasTable) and value.ndim == 3 and value.shape[0] == own.shape[0]:
         return F.interpolate(value[None].float(), size=own.shape[1:], mode="bicubic", align_corners=False)[0].to(
             value.dtype
