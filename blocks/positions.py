@@ -48,12 +48,11 @@ def resize_grid(table: Tensor, old: Grid, new: Grid, mode: Resize = "bicubic") -
 class PositionTable(TokenPosition):
     """A learned vector for each prefix token and each map position; resized in 2-D when the grid changes."""
 
-    no_decay: ClassVar[frozenset[str]] = frozenset({"table"})
-
     table: Tensor
 
-    def __init__(self, at: Shape, std: float, resize: Resize) -> None:
+    def __init__(self, at: Shape, std: float, resize: Resize, decay: bool = False) -> None:
         super().__init__()
+        self.no_decay = frozenset() if decay else frozenset({"table"})
         self.grid, self.prefix, self.resize = at.grid, at.prefix, resize
         self._fill(at, std)
 
@@ -72,20 +71,22 @@ class PositionTable(TokenPosition):
 
 @dataclass(frozen=True)
 class LearnedPosition(Position):
-    """A learned vector for each position, prefix tokens included; without weight decay.
+    """A learned vector for each position, prefix tokens included.
 
     Args:
         std: standard deviation of the initial values.
         resize: how they are interpolated at another image size; PVT and CCT do it bilinearly.
+        decay: whether weight decay applies to them, as in PVT.
 
     Source: ViT, arXiv 2010.11929; TNT, arXiv 2103.00112, equations 3 and 4.
     """
 
     std: float = 0.02
     resize: Resize = "bicubic"
+    decay: bool = False
 
     def tokens(self, at: Shape) -> TokenPosition:
-        return PositionTable(at, self.std, self.resize)
+        return PositionTable(at, self.std, self.resize, self.decay)
 
 
 class SinusoidTable(PositionTable):

@@ -30,6 +30,7 @@ from blocks.positions import (
     SinCosPosition,
     SinusoidPosition,
 )
+from blocks.pvt import ReducedAttention
 from blocks.residual import Residual
 from blocks.stems import ConvStem, PatchStem
 from blocks.structure import AddPosition, ClassToken, ConvEmbed, FromModule, Identity, MakeWords, Merge
@@ -177,6 +178,13 @@ TABLE: dict[type, list[Case]] = {
         ("gate", ONE, {"heads": 4, "gate": SigmoidGate}),
     ),
     MHCA: rows(("plain", MAP, {}), ("layernorm", MAP, {"head_dim": 8, "norm": LayerNorm, "act": GELU})),
+    ReducedAttention: rows(
+        ("plain", TWO, {"heads": 4}),
+        ("sr", at(32, (7, 5)), {"heads": 2, "sr": 2}),
+        ("prefix", TWO, {"heads": 4, "sr": 2, "qkv_bias": False, "norm": NoNorm}),
+        ("rope", at(32, (7, 5), prefix=1, position=RoPE()), {"heads": 4, "sr": 2}),
+        ("bias", ONE, {"heads": 4, "position": RelativeBias()}),
+    ),
     EMHSA: rows(
         ("plain", MAP, {}),
         ("sr", at(32, (7, 5)), {"sr_ratio": 2, "head_dim": 8}),

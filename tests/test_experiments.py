@@ -36,6 +36,10 @@ ZOO = {
     "next_vit_s": (31_763_368, 5.7944),
     # no paper's net: Next-ViT-S, a Linear 256→24, a table 4×24, twice an inner encoder of 7,152 and its projection
     "next_vit_s_words": (31_763_368 + 256 * 24 + 24 + 4 * 24 + 2 * (7_152 + 37_824), 5.8248),
+    "pvt_tiny": (13_229_288, 1.9329),
+    "pvt_small": (24_485_864, 3.8157),
+    "pvt_medium": (44_208_104, 6.6592),
+    "pvt_large": (61_369_320, 9.8138),
     "timm_resnet50": (25_557_032, 4.0892),
     "tnt_b": (65_428_680, 14.0491),
     "tnt_s": (23_768_584, 5.2169),
@@ -78,7 +82,8 @@ def test_state_dict_keys_are_an_interface(path: Path) -> None:
 
 def test_state_dict_keys_are_kept_for_each_family() -> None:
     kept = {path.stem for path in KEYS.glob("*.txt")}
-    assert kept == {"tnt_s", "tnt_s_se", "tnt_s_legacy", "deit_s_distilled", "next_vit_s"}
+    families = {"deit_s_distilled", "next_vit_s", "pvt_tiny", "tnt_s", "tnt_s_legacy", "tnt_s_se"}
+    assert kept == families
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

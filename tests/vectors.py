@@ -26,12 +26,18 @@ from blocks.stems import ConvStem, PatchStem
 from blocks.tnt import TNT, SentenceStem
 from blocks.transformer import Encoder
 from framework.backbones import Backbone, Isotropic, Pyramid, Stage
+from framework.config import compose
+from framework.construct import build_model
 from framework.data.base import Image
 from framework.weights import convert
+from tests.conftest import EXPERIMENTS
 
 FOLDER = Path(__file__).parent / "golden"
 
 TOLERANCE = 1e-9
+
+# What official names of parameters and buffers begin with.
+STATE = ("sd.", "state.")
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,10 @@ def load(name: str) -> Vector:
     """A vector with every number in float64."""
     found = {key: value.double() if value.is_floating_point() else value
              for key, value in load_file(FOLDER / f"{name}.safetensors").items()}  # fmt: skip
-    state = {key[3:]: value for key, value in found.items() if key.startswith("sd.")}
-    tensors = {key: value for key, value in found.items() if not key.startswith("sd.")}
-    return Vector(json.loads((FOLDER / f"{name}.json").read_text()).get("constructor", {}), state, tensors)
+    state = {key.split(".", 1)[1]: value for key, value in found.items() if key.startswith(STATE)}
+    tensors = {key: value for key, value in found.items() if not key.startswith(STATE)}
+    about = json.loads((FOLDER / f"{name}.json").read_text())
+    return Vector(about.get("constructor") or about.get("kwargs", {}), state, tensors)
 
 
 def assert_near(got: Tensor, want: Tensor, what: str = "") -> None:
@@ -84,6 +91,15 @@ class Net(nn.Module):
         """This net with published weights, in float64 and evaluation."""
         self.load_state_dict(convert(state, shapes(self)), strict=True)
         return self.double().eval()
+
+
+def published(zoo: str, state: Mapping[str, Tensor], changes: Mapping[str, Any]) -> Any:
+    """A file of the zoo with some changes, for ten classes, as a task with published weights, in float64."""
+    data = {"data.dataset": "CIFAR10"}
+    task = build_model(compose([EXPERIMENTS / f"zoo/{zoo}.yaml"], {**data, **changes}))
+    missing = task.load_state_dict(convert(state, shapes(task)), strict=False)
+    assert not missing.missing_keys
+    return task.double().eval()
 
 
 def encoder(heads: int, qkv_bias: bool = False, eps: float = 1e-5, se: bool = False) -> Callable[..., Encoder]:

@@ -18,7 +18,6 @@ DROP = ""
 """Maps a key whose tensor no forward reads."""
 
 _BLOCK = re.compile(r"(backbone\.(?:stages\.([^.]+)\.)?(?:blocks\.\d+|entry))\.(?:outer\.)?mlp\.fc1\.weight")
-_THEIR_BLOCK = re.compile(r"((?:stages\.\d+\.)?blocks\.\d+|features\.\d+)\.(.+)")
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _SHOWN = 6
 
@@ -81,15 +80,13 @@ def map_keys(
     """
     named: dict[str, str] = {}
     for key in keys:
-        found = _THEIR_BLOCK.fullmatch(key)
-        if found is None:
+        theirs = next((key[:i] for i, char in enumerate(key) if char == "." and key[:i] in blocks), None)
+        if theirs is None:
             ours = tokens.get(key, rename(key, modules))
-        elif found[1] in blocks:
-            prefix, inside = blocks[found[1]]
-            ours = rename(found[2], inside)
-            ours = ours and f"{prefix}.{ours}"
         else:
-            ours = None
+            prefix, inside = blocks[theirs]
+            ours = rename(key[len(theirs) + 1 :], inside)
+            ours = ours and f"{prefix}.{ours}"
         if ours is not None:
             named[key] = ours
     return named
