@@ -3,6 +3,7 @@
 from blocks import (
     attention,
     base,
+    cvt,
     gates,
     heads,
     kernels,
@@ -21,6 +22,7 @@ from blocks import (
 __all__ = [
     "attention",
     "base",
+    "cvt",
     "gates",
     "heads",
     "kernels",

@@ -16,6 +16,22 @@ def score_position(position: Position, site: Site, at: Shape, heads: int, head_d
     return (site.position if isinstance(position, NetPosition) else position).scores(at, heads, head_dim, keys)
 
 
+def attend_on(
+    position: ScorePosition, heads: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid, keys: Grid, rows: int | None
+) -> Tensor:
+    """Attention of queries `(B, n, C)` on keys and values `(B, m, C)`, in heads, with `position` on the scores.
+
+    Prefix tokens come first in each; the others lie on `grid` and on `keys`. With `rows` the queries are prefix tokens.
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    if rows is None:  # no encoding turns prefix tokens
+        q = position.rotate(q, grid)
+    bias = position.bias(grid)
+    if bias is not None:
+        bias = bias[:, :, : q.shape[2]].to(q.dtype)
+    return attend(q, position.rotate(k, keys), v, bias).transpose(1, 2).flatten(2)
+
+
 class Attention(Mixer):
     """Multi-head self-attention with one fused projection for queries, keys and values.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blocks.attention import score_position
+from blocks.attention import attend_on, score_position
 from blocks.base import (
     ActFactory,
     Block,
@@ -32,7 +32,6 @@ from blocks.base import (
     to_map,
     tokens,
 )
-from blocks.kernels.attention import attend
 from blocks.kernels.folded import conv_norm_act, linear_norm, norm_into_linear
 from blocks.kernels.linear import linear as linear_of
 from blocks.kernels.linear import unhooked
@@ -108,7 +107,7 @@ class EMHSA(Mixer):
         super().__init__()
         site.no_prefix(self)
         dim = site.inp.dim
-        self.head_dim, self.heads = head_dim, site.divides(self, dim, head_dim, "head_dim")
+        self.heads = site.divides(self, dim, head_dim, "head_dim")
         if sr_ratio < 1:
             raise site.error(self, f"needs an sr_ratio of at least 1, got {sr_ratio}")
         self.pool = sr_ratio**2
@@ -136,12 +135,8 @@ class EMHSA(Mixer):
         if self.norm is not None:
             count = n // self.pool
             y = self.norm(x[:, : count * self.pool].reshape(b, count, self.pool, c).mean(2))
-        q, k, v = (
-            part.view(b, -1, self.heads, self.head_dim).transpose(1, 2) for part in (self.q(x), self.k(y), self.v(y))
-        )
-        q, k = self.position.rotate(q, grid), self.position.rotate(k, grid)
-        out = attend(q, k, v, self.position.bias(grid))
-        return self.proj(out.transpose(1, 2).reshape(b, n, c))
+        out = attend_on(self.position, self.heads, self.q(x), self.k(y), self.v(y), grid, grid, None)
+        return self.proj(out)
 
 
 class Downsample(nn.Module):

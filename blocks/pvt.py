@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from blocks.attention import score_position
+from blocks.attention import attend_on, score_position
 from blocks.base import Grid, Mixer, NormFactory, Position, Site, linear, show_grid, to_map, tokens
-from blocks.kernels.attention import attend
-from blocks.kernels.linear import linear as fast_linear
 from blocks.norms import LayerNorm
 from blocks.positions import NetPosition
 
@@ -47,7 +45,7 @@ class ReducedAttention(Mixer):
         super().__init__()
         dim, (h, w) = site.inp.dim, site.inp.grid
         self.heads = heads
-        self.head_dim = site.divides(self, dim, heads, "heads")
+        head_dim = site.divides(self, dim, heads, "heads")
         if not 1 <= sr <= min(h, w):
             raise site.error(self, f"needs an sr from 1 to {min(h, w)} on a {show_grid((h, w))} map, got {sr}")
         self.q = linear(dim, dim, qkv_bias)
@@ -55,7 +53,7 @@ class ReducedAttention(Mixer):
         self.sr = sr
         self.reduce = nn.Conv2d(dim, dim, sr, stride=sr) if sr > 1 else None
         self.norm = norm(dim) if sr > 1 else None
-        self.position = score_position(position, site, site.inp, heads, self.head_dim, (h // sr, w // sr))
+        self.position = score_position(position, site, site.inp, heads, head_dim, (h // sr, w // sr))
         self.proj = linear(dim, dim)
 
     def forward(self, x: Tensor, grid: Grid, rows: int | None = None) -> Tensor:
@@ -65,15 +63,6 @@ class ReducedAttention(Mixer):
             keys = (grid[0] // self.sr, grid[1] // self.sr)
             y = self.norm(tokens(self.reduce(to_map(x[:, prefix:], grid))))
             y = torch.cat([x[:, :prefix], y], dim=1) if prefix else y
-        q = self._heads(fast_linear(x if rows is None else x[:, :rows], self.q.weight, self.q.bias))
-        if rows is None:  # no encoding turns prefix tokens, and only those are in `rows`
-            q = self.position.rotate(q, grid)
-        k, v = (self._heads(part) for part in self.kv(y).chunk(2, dim=-1))
-        bias = self.position.bias(grid)
-        if bias is not None:
-            bias = bias[:, :, : q.shape[2]].to(q.dtype)
-        out = attend(q, self.position.rotate(k, keys), v, bias)
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        q = self.q(x if rows is None else x[:, :rows])
+        k, v = self.kv(y).chunk(2, dim=-1)
+        return self.proj(attend_on(self.position, self.heads, q, k, v, grid, keys, rows))

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 
 from blocks.attention import Attention
 from blocks.base import Act, Block, FeedForward, Gate, Mixer, NoPosition, Norm, Position, Site, Words
+from blocks.cvt import ConvAttention
 from blocks.gates import SE, NoGate, SigmoidGate, TanhGate
 from blocks.heads import AveragePoolHead, ClassTokenHead, DistilledHead, Head
 from blocks.mlp import GELU, Hardswish, Mlp, QuickGELU, ReLU, SiLU
@@ -178,6 +179,13 @@ TABLE: dict[type, list[Case]] = {
         ("gate", ONE, {"heads": 4, "gate": SigmoidGate}),
     ),
     MHCA: rows(("plain", MAP, {}), ("layernorm", MAP, {"head_dim": 8, "norm": LayerNorm, "act": GELU})),
+    ConvAttention: rows(
+        ("plain", MAP, {"heads": 4}),
+        ("prefix", TWO, {"heads": 4, "scale": "head", "norm": LayerNorm}),
+        ("avg", at(32, (7, 5), prefix=1), {"heads": 4, "projection": "avg", "qkv_bias": False}),
+        ("linear", at(prefix=1, position=RelativeBias()), {"heads": 4, "projection": "linear"}),
+        ("rope", at(32, (7, 5), prefix=1, position=RoPE()), {"heads": 4, "kv_stride": 3}),
+    ),
     ReducedAttention: rows(
         ("plain", TWO, {"heads": 4}),
         ("sr", at(32, (7, 5)), {"heads": 2, "sr": 2}),

@@ -25,6 +25,11 @@ AT_32 = {"data": {"class_path": "Digits", "init_args": {"size": 32}}}
 # Trainable parameters and 10⁹ MACs at 224 px of the authors' (or timm's) own nets. The counts in TNT's paper are
 # higher by a frozen parameter that its code never uses.
 ZOO = {
+    "cvt_13": (19_997_480, 4.566),
+    "cvt_13_384": (19_997_480, 16.269),
+    "cvt_21": (31_622_696, 7.178),
+    "cvt_21_384": (31_622_696, 24.849),
+    "cvt_w24": (277_196_392, 194.22),
     "deit_b": (86_567_656, 17.5638),
     "deit_b_distilled": (87_338_192, 17.6568),
     "deit_s": (22_050_664, 4.5989),
@@ -82,7 +87,7 @@ def test_state_dict_keys_are_an_interface(path: Path) -> None:
 
 def test_state_dict_keys_are_kept_for_each_family() -> None:
     kept = {path.stem for path in KEYS.glob("*.txt")}
-    families = {"deit_s_distilled", "next_vit_s", "pvt_tiny", "tnt_s", "tnt_s_legacy", "tnt_s_se"}
+    families = {"cvt_13", "deit_s_distilled", "next_vit_s", "pvt_tiny", "tnt_s", "tnt_s_legacy", "tnt_s_se"}
     assert kept == families
 
 

@@ -59,7 +59,8 @@ def load(name: str) -> Vector:
     state = {key.split(".", 1)[1]: value for key, value in found.items() if key.startswith(STATE)}
     tensors = {key: value for key, value in found.items() if not key.startswith(STATE)}
     about = json.loads((FOLDER / f"{name}.json").read_text())
-    return Vector(about.get("constructor") or about.get("kwargs", {}), state, tensors)
+    args = next((about[name] for name in ("constructor", "kwargs", "spec") if name in about), {})
+    return Vector(args, state, tensors)
 
 
 def assert_near(got: Tensor, want: Tensor, what: str = "") -> None:

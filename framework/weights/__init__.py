@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from framework.errors import ConfigError
-from framework.weights import nextvit, pvt, tnt, vit
+from framework.weights import cvt, nextvit, pvt, tnt, vit
 from framework.weights.keys import Family, assemble
 
-FAMILIES: list[Family] = [tnt, vit, nextvit, pvt]
+FAMILIES: list[Family] = [tnt, vit, nextvit, pvt, cvt]
 
 # What the families call their classifiers.
 HEAD = re.compile(r"(head|head_dist|proj_head)\.")
