@@ -1,21 +1,27 @@
-"""Makes Lightning and torchvision import in half the time: without torch._dynamo, which they only name.
+"""Makes Lightning, torchmetrics and torchvision import in half the time: without what they only name.
 
-Both import torch's compiler (and with it Inductor and sympy, about 3 s) at their top, for a class to compare with, a
-decorator and a question that nobody asks before a net is compiled or trained. While they are imported, and only then,
-stand-ins answer to its name; each brings in the real thing when it is used.
+Lightning and torchvision import torch's compiler (and with it Inductor and sympy, about 3 s) at their top, for a class
+to compare with, a decorator and a question that nobody asks before a net is compiled or trained. torchmetrics imports
+scipy.signal, matplotlib and torchvision (1.5 s), for metrics and plots that few ask for. While the three are imported,
+and only then, stand-ins answer to these names; each brings in the real thing when it is used.
 """
 
 from __future__ import annotations
 
+import builtins
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any
 
 DYNAMO, UTILS = "torch._dynamo", "torch._dynamo.utils"
+METRICS, SIGNAL = "torchmetrics", "scipy.signal"
+LATER = ("matplotlib", "scipy", "torchvision")
 
 
 class _Lazy(type):
@@ -50,50 +56,118 @@ def is_compile_supported(device_type: str) -> Any:
     return real(device_type)
 
 
-class _WithoutDynamo(Loader):
-    """Runs a package's own loader with the stand-ins in place."""
+@contextmanager
+def style(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Stands for `matplotlib.style.context`, which torchmetrics decorates its plots with."""
+    from matplotlib import style
 
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
+    with style.context(*args, **kwargs):
+        yield
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
 
-    def exec_module(self, module: ModuleType) -> None:
-        import torch
+class Later:
+    """Stands for a module, or for a class or function in it.
 
-        names: dict[str, dict[str, Any]] = {
-            DYNAMO: {"OptimizedModule": OptimizedModule, "disable": disable},
-            UTILS: {"is_compile_supported": is_compile_supported},
-        }
-        put = []
-        for name, members in names.items():
-            if name not in sys.modules:
-                stand_in = ModuleType(name)
-                vars(stand_in).update(members)
-                sys.modules[name] = stand_in
-                put.append((name, stand_in))
-        try:
-            self.loader.exec_module(module)
-        finally:
-            for name, stand_in in put:
-                if sys.modules.get(name) is stand_in:
-                    del sys.modules[name]
-            if any(vars(torch).get("_dynamo") is stand_in for _, stand_in in put):
-                del torch._dynamo
+    Args:
+        path: its dotted path.
+    """
+
+    asked = False  # while torchmetrics is imported, what it asks of one is one too
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        path = f"{self._path}.{name}"
+        if not Later.asked:
+            return resolve_name(path)
+        return style if path == "matplotlib.pyplot.style.context" else Later(path)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return resolve_name(self._path)(*args, **kwargs)
+
+    def __instancecheck__(self, instance: object) -> bool:
+        return isinstance(instance, resolve_name(self._path))
+
+
+@contextmanager
+def without_dynamo() -> Iterator[None]:
+    """Torch's compiler is there by name only."""
+    import torch
+
+    if DYNAMO in sys.modules:
+        yield
+        return
+    names: dict[str, dict[str, Any]] = {
+        DYNAMO: {"OptimizedModule": OptimizedModule, "disable": disable},
+        UTILS: {"is_compile_supported": is_compile_supported},
+    }
+    put = []
+    for name, members in names.items():
+        if name not in sys.modules:
+            stand_in = ModuleType(name)
+            vars(stand_in).update(members)
+            sys.modules[name] = stand_in
+            put.append((name, stand_in))
+    try:
+        yield
+    finally:
+        for name, stand_in in put:
+            if sys.modules.get(name) is stand_in:
+                del sys.modules[name]
+        if any(vars(torch).get("_dynamo") is stand_in for _, stand_in in put):
+            del torch._dynamo
+
+
+@contextmanager
+def without_plots() -> Iterator[None]:
+    """What torchmetrics itself imports of `LATER`, and nobody else does, are stand-ins."""
+    real = builtins.__import__
+
+    def instead(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        top, asks = name.partition(".")[0], (globals or {}).get("__name__", "").partition(".")[0]
+        if level or top not in LATER or asks != METRICS or name in sys.modules:
+            return real(name, globals, locals, fromlist, level)
+        return Later(name if fromlist else top)
+
+    builtins.__import__, Later.asked = instead, True
+    try:
+        yield
+    finally:
+        builtins.__import__, Later.asked = real, False
+
+
+@contextmanager
+def with_hamming() -> Iterator[None]:
+    """scipy.signal has the old name for a window that torchmetrics gives it."""
+    yield
+    signal = sys.modules[SIGNAL]
+    if METRICS in sys.modules and not hasattr(signal, "hamming"):
+        signal.hamming = signal.windows.hamming  # type: ignore[attr-defined]
+
+
+WHILE = {"lightning": without_dynamo, "torchvision": without_dynamo, METRICS: without_plots, SIGNAL: with_hamming}
 
 
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in ("lightning", "torchvision") or DYNAMO in sys.modules:
+        if name not in WHILE:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _WithoutDynamo(spec.loader)
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                with WHILE[name]():
+                    run(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 def install() -> None:
-    """From now on the two import so. Does nothing where they, or the compiler, are imported already."""
+    """From now on they import so. Does nothing where they, or what they name, are imported already."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

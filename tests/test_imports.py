@@ -9,7 +9,10 @@ import pytest
 
 from tests.conftest import REPO
 
-HEAVY = "{'torch._dynamo', 'torch._inductor', 'sympy', 'timm', 'sklearn', 'pandas'} & set(sys.modules)"
+HEAVY = (
+    "{'torch._dynamo', 'torch._inductor', 'sympy', 'timm', 'sklearn', 'pandas', 'scipy.signal', 'scipy.stats', "
+    "'matplotlib', 'torchvision', 'tensorboard'} & set(sys.modules)"
+)
 
 
 def run(code: str) -> str:
@@ -18,7 +21,15 @@ def run(code: str) -> str:
     return done.stdout
 
 
-def test_a_mistake_in_a_config_does_not_wait_for_the_compiler() -> None:
+def test_help_imports_no_torch() -> None:
+    run(
+        "import sys; from framework.cli import main\n"
+        "try:\n    main(['fit', '--help'])\nexcept SystemExit as left:\n    assert not left.code\n"
+        "assert not {'torch', 'numpy', 'lightning'} & set(sys.modules)"
+    )
+
+
+def test_a_mistake_in_a_config_waits_for_no_library_that_it_does_not_need() -> None:
     run(
         "import sys; from framework.cli import main\n"
         "code = main(['describe', '--config', 'experiments/base/tnt_digits.yaml', '--model.backbone.dmi=3'])\n"
@@ -55,4 +66,56 @@ def test_the_order_of_imports_does_not_matter(first: str) -> None:
         "import torch, torch._dynamo\n"
         "from lightning.fabric.wrappers import OptimizedModule\n"
         "assert isinstance(torch.compile(torch.nn.Linear(2, 2), backend='eager'), OptimizedModule)"
+    )
+
+
+def test_what_torchmetrics_only_names_comes_when_it_is_used() -> None:
+    run(
+        "import sys, framework, torch, torchmetrics, importlib.resources\n"
+        f"found = {HEAVY}\n"
+        "assert not found, found\n"
+        "assert importlib.resources.files('torchmetrics').joinpath('metric.py').is_file()\n"
+        "from torchmetrics.functional.audio import permutation_invariant_training as pit\n"
+        "from torchmetrics.functional.audio import signal_noise_ratio as snr\n"
+        "mixed = torch.randn(2, 4, 50, generator=torch.Generator().manual_seed(0))\n"
+        "best, order = pit(mixed[:, [2, 0, 3, 1]], mixed, snr)\n"
+        "assert order.tolist() == [[1, 3, 0, 2]] * 2 and 'scipy.optimize' in sys.modules\n"
+        "from torchmetrics.functional.detection import intersection_over_union as iou\n"
+        "boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0]]), torch.tensor([[0.0, 0.0, 2.0, 1.0]])\n"
+        "assert iou(*boxes) == 0.5 and 'torchvision' in sys.modules\n"
+        "from torchmetrics.functional.image.arniqa import resnet50, transforms\n"
+        "import torchvision\n"
+        "assert isinstance(transforms.Normalize([0.5], [0.5]), torchvision.transforms.Normalize)\n"
+        "assert isinstance(resnet50(num_classes=2), torchvision.models.ResNet)\n"
+        "import scipy.signal\n"
+        "assert scipy.signal.hamming is scipy.signal.windows.hamming"
+    )
+
+
+def test_plots_of_torchmetrics_are_matplotlibs() -> None:
+    run(
+        "import os, sys; os.environ['MPLBACKEND'] = 'agg'\n"
+        "import framework, torch, torchmetrics\n"
+        "mean = torchmetrics.MeanMetric(); mean.update(3.0)\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "figure, axes = mean.plot()\n"
+        "import matplotlib.pyplot as plt\n"
+        "assert isinstance(figure, plt.Figure) and isinstance(axes, plt.Axes) and plt.gcf() is figure\n"
+        "confusion = torchmetrics.ConfusionMatrix('multiclass', num_classes=2)\n"
+        "confusion.update(torch.tensor([0, 1]), torch.tensor([1, 1]))\n"
+        "own, _ = plt.subplots()\n"
+        "assert confusion.plot(ax=own.axes[0], cmap='Blues')[1] is own.axes[0] and len(own.axes[0].texts) == 4"
+    )
+
+
+@pytest.mark.parametrize("before", ["matplotlib", "matplotlib.pyplot", "scipy.signal", "torchvision"])
+def test_what_is_there_already_is_what_torchmetrics_gets(before: str) -> None:
+    run(
+        f"import {before} as real, framework, torchmetrics, sys\n"
+        "from torchmetrics.utilities import plot\n"
+        "from torchmetrics.functional.detection import iou\n"
+        f"assert sys.modules['{before}'] is real and type(real) is type(sys)\n"
+        "import scipy.signal, matplotlib.pyplot, torchvision\n"
+        "assert scipy.signal.hamming and plot.plt.subplots is matplotlib.pyplot.subplots\n"
+        "assert plot.matplotlib.axes.Axes is matplotlib.axes.Axes"
     )
