@@ -8,8 +8,6 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,18 +17,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.profilers import PassThroughProfiler
 
 from framework.ablation.state import Status, read_status, write_status, write_text
 from framework.checkpoints import KEY, Kept
 
 MINUTES_BETWEEN_CHECKPOINTS = 10
 PICTURES_A_SECOND = 5
-NOTHING = nullcontext()
-WITHIN_A_STEP = (
-    *(f"on_{stage}_batch_{end}" for stage in ("train", "validation") for end in ("start", "end")),
-    "on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step",
-)  # fmt: skip
 
 
 def scalars(trainer: Trainer) -> dict[str, float]:
@@ -291,21 +283,6 @@ class Bar(RichProgressBar):
     ) -> None:
         if self._now(batch_idx, self.total_val_batches_current_dataloader):
             super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-
-
-def pass_over(callbacks: Iterable[Callback]) -> None:
-    """Takes from callbacks the hooks within a step that do nothing: Lightning calls only what is callable."""
-    for callback in callbacks:
-        for name in WITHIN_A_STEP:
-            if getattr(type(callback), name) is getattr(Callback, name):
-                setattr(callback, name, None)
-
-
-class Unprofiled(PassThroughProfiler):
-    """Lightning's default, without the generator that it makes for each hook of each callback, 70 times a step."""
-
-    def profile(self, action_name: str) -> Any:
-        return NOTHING
 
 
 class Record(Callback):

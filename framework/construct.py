@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from blocks import registry
 from blocks.base import BuildError
-from framework import typed
+from framework import loop, typed
 from framework.config import resolve
 from framework.data import Image, ImageData
 from framework.errors import ConfigError, reason
@@ -102,7 +102,7 @@ class Workbench(LightningCLI):
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         arguments["callbacks"] = [*callbacks, *arguments.get("callbacks", [])]
         try:
-            return Trainer(**{**given, **arguments})
+            return loop.Trainer(**{**given, **arguments})
         except Exception as error:  # Lightning checks values here, each in its own way
             raise ConfigError(f"trainer: {_one_line(str(error))}") from error
 

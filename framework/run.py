@@ -19,12 +19,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from framework.ablation.state import read_study, write_text
-from framework.callbacks import Bar, Checkpoints, Keep, RandomState, Record, RunState, Unprofiled, pass_over
+from framework.callbacks import Bar, Checkpoints, Keep, RandomState, Record, RunState
 from framework.checkpoints import Kept, WholeFiles, read_checkpoint
 from framework.config import compose, dump
 from framework.construct import Workbench, complete
 from framework.data import splits
 from framework.errors import ConfigError
+from framework.loop import Unprofiled, passed_over
 from framework.measure import meta_model
 from framework.provenance import write_provenance
 from framework.weights.transfer import source, start_from
@@ -206,11 +207,11 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
     if given.get("logger") in (None, True):
         arguments["logger"] = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
     trainer = bench.make_trainer(callbacks=callbacks, **arguments)
-    pass_over(trainer.callbacks)  # type: ignore[attr-defined]
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeFiles()
     try:
-        trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        with passed_over(trainer, model, data):
+            trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     except SystemExit:  # Lightning's way out of Ctrl-C
         raise KeyboardInterrupt from None
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from framework import callbacks
-from framework.callbacks import WITHIN_A_STEP, Bar, Checkpoints, RandomState, RunState, Unprofiled, pass_over
+from framework.callbacks import Bar
 from framework.construct import build_model
 from framework.tasks.mean import Mean
 
@@ -108,25 +108,6 @@ def test_the_bar_shows_accuracy_and_loss_and_ends_full(tiny, monkeypatch) -> Non
     assert shown["val/acc1"] == pytest.approx(float(trainer.callback_metrics["val/acc1"]))
     assert shown["loss"] == pytest.approx(watch.losses[-1][0])
     assert done == [1, 3, 3, 3, 3]  # the first picture, then the last one of each stage
-
-
-def test_hooks_that_do_nothing_are_passed_over() -> None:
-    watch, state, saves = Watch(), RunState.__new__(RunState), Checkpoints.__new__(Checkpoints)
-    pass_over([watch, state, saves, random := RandomState()])
-    left = [{name for name in WITHIN_A_STEP if getattr(each, name)} for each in (watch, state, saves, random)]
-    train, val = ({f"on_{stage}_batch_{end}" for end in ("start", "end")} for stage in ("train", "validation"))
-    assert left == [
-        {"on_train_batch_end", "on_validation_batch_end"}, train | val, {"on_train_batch_end"}, {"on_train_batch_start"}
-    ]  # fmt: skip
-
-
-def test_without_a_profiler_nothing_is_kept_between_hooks() -> None:
-    profiler = Unprofiled()
-    with profiler.profile("outer"), profiler.profile("inner"):
-        pass
-    with pytest.raises(KeyError), profiler.profile("fails"):
-        raise KeyError
-    assert profiler.summary() == ""
 
 
 def test_a_task_keeps_plain_attributes_plain(tiny) -> None:

@@ -55,7 +55,7 @@ class Task(LightningModule, ABC):
         # Lightning notes on the task which hook it is in, 40 times a step: a plain attribute, which torch need not look
         # for among parameters, buffers and modules.
         if (value is None or type(value) is str) and name in self.__dict__:
-            object.__setattr__(self, name, value)
+            self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
 

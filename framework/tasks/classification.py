@@ -73,6 +73,7 @@ class Classification(Task):
         self.objectives = nn.ModuleDict(objectives or {"cross_entropy": CrossEntropy()})
         for term in self.terms.values():
             term.setup(self)
+        self._apart = any(term.token == "distillation" for term in self.terms.values())
         self.backbone.keep(self.read_parts())
         self.mix, self.optimizer, self.schedule = mix, optimizer, schedule
         self.frozen = freeze == "backbone"
@@ -120,12 +121,14 @@ class Classification(Task):
         images, targets = self.mix(*batch, self.num_classes, at)
         step, terms = self._step(images, targets), self.terms
         values = {name: term(step) for name, term in terms.items()}
-        loss = reduce(add, [terms[name].weight * value for name, value in values.items()])
+        # A factor of 1 is left out: it changes nothing, and is a step of its own there and back.
+        weights = {name: term.weight for name, term in terms.items()}
+        loss = reduce(add, [value if weights[name] == 1 else weights[name] * value for name, value in values.items()])
         count = len(images)
         sums: dict[str, Tensor | float] = {"train/loss": loss.detach() * count}
         if len(values) > 1:
             sums |= {f"train/{name}": value.detach() * count for name, value in values.items()}
-            sums |= {f"weight/{name}": terms[name].weight * count for name in values}
+            sums |= {f"weight/{name}": weight * count for name, weight in weights.items()}
         self._note(sums, count)
         every = cast(Any, self.trainer).log_every_n_steps
         if every and (at + 1) % every == 0:
@@ -152,8 +155,8 @@ class Classification(Task):
             features = self.backbone(images)
         first, *others = each = self.head.each(features)
         logits = torch.stack(each).mean(dim=0) if others else first
-        apart = any(term.token == "distillation" for term in self.terms.values())
-        return Step(images, targets, features, logits, first if apart else logits, others[0] if others else None)
+        alone = first if self._apart else logits
+        return Step(images, targets, features, logits, alone, others[0] if others else None)
 
     def _forget(self, *stages: str) -> None:
         """Starts the means of these stages anew."""
