@@ -247,16 +247,6 @@ def test_logits_that_are_no_numbers_are_not_equal() -> None:
     assert equal.difference(logits[None], logits) == float("inf")
 
 
-def test_regions_are_the_blocks(tiny: Tiny, timm_tnt: Timm) -> None:
-    task = Ours.of(tiny()).make()
-    assert nets.regions(task) == list(task.backbone.blocks)  # type: ignore[union-attr, arg-type]
-    assert [type(region).__name__ for region in nets.regions(timm_tnt.make())] == ["Block", "Block"]
-    staged = nn.ModuleDict({"stages": nn.Sequential(nn.ModuleDict({"blocks": nn.Sequential(nn.ReLU())}))})
-    assert [type(region).__name__ for region in nets.regions(staged)] == ["ReLU"]
-    alone = nn.Linear(2, 2)
-    assert nets.regions(alone) == [alone]
-
-
 def test_a_step_of_training_moves_the_weights_and_keeps_no_gradients(tiny: Tiny) -> None:
     ours, setting = Ours.of(tiny()), Setting("training", "float32", 4, 1, "cpu")
     net = nets.formed(ours.make(), Form(), setting)

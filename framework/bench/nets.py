@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -18,16 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from blocks.base import BuildError
 from framework.backbones import need_timm_name, timm_net
 from framework.bench.harness import CLOCKS, Act, Stopwatch, cpu_time, cuda_time, wall_time
+from framework.compiled import compile_regions
 from framework.config import load_plugins
 from framework.construct import build_model
 from framework.data.base import Image
 from framework.measure import cost, meta_model
-from framework.tasks import Task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-# A region is a module with such a path that has none below it: a block of most of timm's nets.
-REGION = re.compile(r"(?:.*\.)?(?:blocks|stages|layers|features|layer\d+)\.\d+")
 
 
 @dataclass(frozen=True)
@@ -179,15 +175,6 @@ class Timm(Entrant):
         return params, counter.get_total_flops() // 2
 
 
-def regions(net: nn.Module) -> list[nn.Module]:
-    """The blocks of a net, each of which is compiled by itself; the net where it has none."""
-    if isinstance(net, Task):
-        return [block for _, _, block in net.backbone.steps()] or [net.backbone]
-    found = {name: module for name, module in net.named_modules() if REGION.fullmatch(name)}
-    inner = [module for name, module in found.items() if not any(other.startswith(f"{name}.") for other in found)]
-    return inner or [net]
-
-
 def images_for(image: Image, setting: Setting) -> Tensor:
     """Images of noise, the same ones for every net that takes them."""
     generator = torch.Generator().manual_seed(0)
@@ -203,11 +190,7 @@ def formed(net: nn.Module, form: Form, setting: Setting) -> nn.Module:
     if form.low:
         net = net.to(torch.bfloat16)
     if form.compile:
-        # One piece of code serves all blocks, and is compiled again for each rate of stochastic depth.
-        torch._dynamo.config.recompile_limit = 1024
-        torch._dynamo.config.accumulated_recompile_limit = 4096
-        for region in regions(net):
-            region.compile()
+        compile_regions(net)
     return net
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from blocks.base import BuildError
 from blocks.heads import AveragePoolHead, HeadFactory
 from framework.backbones import BackboneFactory
+from framework.compiled import compile_regions, need_compiler
 from framework.data.base import Image
 from framework.errors import ConfigError
 from framework.mix import Mix, NoMix
@@ -46,6 +47,8 @@ class Classification(Task):
         schedule: how the learning rate changes.
         freeze: what is not trained: the backbone stays as its weights are, in eval mode (batch statistics kept, no
             dropout, no drop path) and without gradients; the head and the loss terms learn.
+        compile: whether torch.compile compiles each block of the backbone by itself, for training. Minutes at the
+            start, which long runs win back, on a GPU above all.
 
     Raises:
         BuildError: the parts do not fit together.
@@ -62,6 +65,7 @@ class Classification(Task):
         optimizer: Optimizer = AdamW(),
         schedule: Schedule = Cosine(),
         freeze: Literal["none", "backbone"] = "none",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -76,7 +80,7 @@ class Classification(Task):
         self._apart = any(term.token == "distillation" for term in self.terms.values())
         self.backbone.keep(self.read_parts())
         self.mix, self.optimizer, self.schedule = mix, optimizer, schedule
-        self.frozen = freeze == "backbone"
+        self.frozen, self.compiled = freeze == "backbone", compile
         if self.frozen:
             self.backbone.requires_grad_(False).eval()
         names = ["train/loss", *(f"{stage}/{name}" for stage in ("val", "test") for name in ("loss", "acc1", "acc5"))]
@@ -99,6 +103,9 @@ class Classification(Task):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            if self.compiled:  # before the net is sharded: each device compiles what it computes
+                need_compiler(self.trainer.strategy.root_device, "model.compile")
+                compile_regions(self)
             for term in self.terms.values():
                 term.start(self)
 
