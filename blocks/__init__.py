@@ -3,6 +3,7 @@
 from blocks import (
     attention,
     base,
+    cct,
     cvt,
     gates,
     heads,
@@ -22,6 +23,7 @@ from blocks import (
 __all__ = [
     "attention",
     "base",
+    "cct",
     "cvt",
     "gates",
     "heads",

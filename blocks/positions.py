@@ -92,6 +92,8 @@ class LearnedPosition(Position):
 class SinusoidTable(PositionTable):
     """A fixed vector for each token, prefix tokens first, kept in checkpoints as their publishers do."""
 
+    no_decay: ClassVar[frozenset[str]] = frozenset()
+
     def _fill(self, at: Shape, std: float) -> None:
         where = torch.arange(at.prefix + at.positions, dtype=torch.float64)[:, None]
         channel = torch.arange(at.dim, dtype=torch.float64)

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 
 from blocks.attention import Attention
 from blocks.base import Act, Block, FeedForward, Gate, Mixer, NoPosition, Norm, Position, Site, Words
+from blocks.cct import CompactPatchStem, ConvTokenizer, SeqPoolHead
 from blocks.cvt import ConvAttention
 from blocks.gates import SE, NoGate, SigmoidGate, TanhGate
 from blocks.heads import AveragePoolHead, ClassTokenHead, DistilledHead, Head
@@ -147,6 +148,21 @@ TABLE: dict[type, list[Case]] = {
         ),
         passes="",
     ),
+    ConvTokenizer: rows(
+        ("one", IMAGES, {}),
+        (
+            "two",
+            at(3, (31, 45), dim=32, position=LearnedPosition()),
+            {"layers": 2, "hidden": 8, "kernel": 7, "drop": 0.1},
+        ),
+        ("own", IMAGES, {"kernel": 4, "stride": 3, "padding": 0, "act": GELU}),
+        passes="",
+    ),
+    CompactPatchStem: rows(
+        ("vit_lite", replace(IMAGES, position=SinusoidPosition()), {}),
+        ("cvt", replace(IMAGES, position=LearnedPosition()), {"prefix": 0, "norm": LayerNorm, "drop": 0.1}),
+        passes="",
+    ),
     Identity: rows(("map", MAP, {}), ("prefix", TWO, {}), passes="words prefix"),
     ClassToken: rows(("first", MAP, {}), ("more", ONE, {"count": 2})),
     AddPosition: rows(
@@ -216,6 +232,7 @@ TABLE: dict[type, list[Case]] = {
     # heads
     ClassTokenHead: rows(("plain", ONE, {}), ("more", TWO, {})),
     AveragePoolHead: rows(("plain", MAP, {}), ("prefix", ONE, {}), ("norm", MAP, {"norm": LayerNorm, "drop": 0.1})),
+    SeqPoolHead: rows(("plain", MAP, {}), ("prefix", ONE, {})),
     DistilledHead: rows(("plain", TWO, {})),
     # positions
     NoPosition: NOTHING,
@@ -235,3 +252,6 @@ TABLE: dict[type, list[Case]] = {
 
 UNPUBLISHED = {Identity, MakeWords, FromModule}
 """Blocks of this project's own, which no paper describes; every other block and mixer names its source."""
+
+IDLE = {SeqPoolHead: {"pool.bias"}}
+"""Parameters that published nets have and that change nothing: no gradient is asked of them."""

@@ -33,6 +33,7 @@ from blocks.base import (
     to_map,
     tokens,
 )
+from blocks.cct import ConvTokenizer
 from blocks.heads import Head
 from blocks.nextvit import EMHSA, NCB, NTB
 from blocks.positions import RoPE
@@ -252,6 +253,9 @@ MISTAKES = [
     (SentenceStem, Site.at(3, 32, dim=32), {"patch": 16, "words": 9, "legacy": True}, "fit: [1, 4, 16, 64, 256]"),
     (MakeWords, at(), {"words": -1}, "cannot make -1 words"),
     (ConvStem, Site.at(3, 32, dim=32), {"dims": (8,)}, "one stride for each width"),
+    (ConvTokenizer, Site.at(3, 32, dim=32), {"layers": 0}, "at least 1 of layers, got 0"),
+    (ConvTokenizer, Site.at(3, 32, dim=32), {"layers": 6, "padding": 0}, "padding 0 over a 1×1 map"),
+    (ConvTokenizer, Site.at(3, 32, dim=32), {"stride": 0}, "kernel 3, stride 0"),
     (MakeWords, at(), {"words": 9}, "cannot make 9 words on a 6×4 map"),
     (Merge, at(32, (7, 5), stride=2), {}, "cannot join 2×2 neighbours on a 7×5 map"),
     (Merge, at(prefix=1), {}, "1 prefix token(s) come in"),

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from framework.errors import ConfigError
-from framework.weights import cvt, nextvit, pvt, tnt, vit
+from framework.weights import cct, cvt, nextvit, pvt, tnt, vit
 from framework.weights.keys import Family, assemble
 
-FAMILIES: list[Family] = [tnt, vit, nextvit, pvt, cvt]
+FAMILIES: list[Family] = [tnt, vit, nextvit, pvt, cvt, cct]
 
 # What the families call their classifiers.
-HEAD = re.compile(r"(head|head_dist|proj_head)\.")
+HEAD = re.compile(r"(head|head_dist|proj_head|classifier\.fc|classifier\.attention_pool)\.")
 
 
 def has_head(state: Mapping[str, Tensor]) -> bool:

@@ -6,7 +6,7 @@ An importer maps names only. A key of ours may end in `#<n>`: its tensor is then
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -64,6 +64,13 @@ def rename(key: str, modules: Mapping[str, str]) -> str | None:
     return f"{name}.{leaf}{mark}{part}"
 
 
+def _modules(key: str) -> Iterator[str]:
+    """The modules in which the tensor `key` lies, from the inmost."""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
+
+
 def map_keys(
     keys: Iterable[str],
     tokens: Mapping[str, str],
@@ -80,12 +87,12 @@ def map_keys(
     """
     named: dict[str, str] = {}
     for key in keys:
-        theirs = next((key[:i] for i, char in enumerate(key) if char == "." and key[:i] in blocks), None)
+        theirs = next((name for name in _modules(key) if name in blocks), None)
         if theirs is None:
             ours = tokens.get(key, rename(key, modules))
         else:
             prefix, inside = blocks[theirs]
-            ours = rename(key[len(theirs) + 1 :], inside)
+            ours = rename(key.removeprefix(f"{theirs}."), inside)
             ours = ours and f"{prefix}.{ours}"
         if ours is not None:
             named[key] = ours
