@@ -29,7 +29,7 @@ class ConvTokenizer(Block):
         hidden: width behind the others.
         kernel: side of each convolution.
         stride: stride of each convolution; by default half of the kernel less one, at least 1 (3: 1, 7: 2).
-        padding: zeros at each edge; by default half of the kernel.
+        padding: zeros at each edge; by default half of the kernel, at least 1.
         act: the activation behind each convolution.
         drop: dropout rate on the tokens, behind the positions.
 
@@ -57,7 +57,7 @@ class ConvTokenizer(Block):
         if layers < 1:
             raise site.error(self, f"needs at least 1 of layers, got {layers}")
         stride = max(1, kernel // 2 - 1) if stride is None else stride
-        padding = kernel // 2 if padding is None else padding
+        padding = max(1, kernel // 2) if padding is None else padding
         widths = [site.inp.dim, *[hidden] * (layers - 1), site.dim]
         grid = site.inp.grid
         self.convs = nn.ModuleList()

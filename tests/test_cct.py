@@ -14,14 +14,17 @@ from blocks.base import Features, NoPosition, Site, tokens
 from blocks.cct import CompactPatchStem, ConvTokenizer, SeqPoolHead
 from blocks.heads import ClassTokenHead
 from blocks.mlp import Mlp
+from blocks.nextvit import NCB
+from blocks.norms import BatchNorm
 from blocks.positions import LearnedPosition, SinusoidPosition
+from blocks.tnt import TNT, SentenceStem
 from blocks.transformer import Encoder
-from framework.backbones import Isotropic
+from framework.backbones import Isotropic, Pyramid, Stage
 from framework.data.base import Image
 from framework.errors import ConfigError
 from framework.weights import FAMILIES, convert
 from framework.weights.transfer import start_from
-from tests.vectors import Net, assert_near, joined, load, shapes
+from tests.vectors import Net, assert_near, encoder, joined, load, shapes
 
 POSITIONS = {
     "learnable": LearnedPosition(0.2, "bilinear"),
@@ -107,8 +110,8 @@ def test_a_net_of_another_form_is_refused() -> None:
         convert(vector.state, shapes(deeper))
 
 
-def test_learned_tables_in_the_place_of_sinusoids_are_loaded_as_they_are() -> None:
-    """Weights of the released `_sine` functions hold what was in their table, whatever it was."""
+def test_a_table_is_loaded_as_it_is_in_the_place_of_sinusoids() -> None:
+    """The released functions put random values there."""
     vector = load("cct_3x1_learnable")
     net = compact("cct", {**vector.args, "positional_embedding": "sine"}).imported(vector.state)
     assert_near(net(vector["input"]), vector["logits"], "logits")
@@ -190,6 +193,20 @@ def test_pooling_ignores_the_bias_of_its_weights() -> None:
     before = head(features)
     torch.nn.init.constant_(head.pool.bias, 5.0)
     assert_near(head(features), before)
+
+
+def test_the_parts_serve_other_families() -> None:
+    """The tokenizer before convolutions of Next-ViT, the pooling behind them and beside TNT's words and class token."""
+    stages = {"s1": Stage(32, "ncb"), "s2": Stage(64, "ncb", stride=2)}
+    pyramid = Pyramid(Image(32, 3), stages, {"ncb": NCB}, partial(ConvTokenizer, hidden=8, layers=2), norm=BatchNorm)
+    nested = partial(TNT, inner=encoder(2), outer=encoder(4))
+    words = Isotropic(Image(32, 3), {"tnt": nested}, "tnt*2", 32, partial(SentenceStem, patch=8, words=4, word_dim=8))
+    for backbone in (pyramid, words):
+        net = Net(backbone, SeqPoolHead, 5)
+        backbone.keep(net.head.reads)
+        net(torch.randn(2, 3, 32, 32)).square().sum().backward()
+        assert backbone.out.grid == (4, 4)
+        assert net.head.pool.weight.grad.any()
 
 
 def test_both_branches_of_a_layer_are_dropped_at_one_rate() -> None:

@@ -21,6 +21,7 @@ EMA = "lightning.pytorch.callbacks.EMAWeightAveraging"
 
 # Peak rate, weight decay, drop path, warm-up, last rate, epochs, batch of a device, repeats, erasing, EMA, clipping.
 VALUES: dict[str, tuple[Any, ...]] = {
+    "cct_cifar10": (5e-4, 0.05, 0.1, 10, 1e-5, 1510, 128, 1, 0.25, None, None),
     "deit": (1e-3, 0.05, 0.1, 5, 1e-5, 300, 128, 3, 0.25, 0.99996, None),
     "finetune_384": (5e-6, 1e-8, 0.1, 5, 5e-6, 30, 64, 3, 0.25, 0.99996, None),
     "linear_probe": (4e-3, 0.0, 0.1, 0, 0.0, 100, 128, 1, 0.0, None, None),
@@ -29,6 +30,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "tnt": (1e-3, 0.05, 0.1, 5, 1e-5, 310, 128, 3, 0.25, 0.99996, None),
 }
 NETS = {
+    "cct_cifar10": "cct_7_3x1_32",
     "deit": "deit_ti",
     "finetune_384": "deit_s",
     "linear_probe": "deit_s",
@@ -37,6 +39,7 @@ NETS = {
     "tnt": "tnt_s",
 }
 TINY: dict[str, dict[str, Any]] = {
+    "cct_7_3x1_32": {"dim": 24, "pattern": "enc*2", "stem.layers": 2},
     "deit_ti": {"dim": 24, "pattern": "enc*2", "stem.patch": 8},
     "deit_s": {"dim": 24, "pattern": "enc*2", "stem.patch": 8},
     "tnt_s": {"dim": 24, "pattern": "tnt*2", "stem": {"patch": 8, "words": 4, "word_dim": 4}},
@@ -73,10 +76,11 @@ def test_a_recipe_has_the_numbers_of_its_source(name: str) -> None:
         assert (schedule["shifted"], data.get("auto_augment", ""), "mix" in model) == (False, "", False)
         return
     assert data["auto_augment"] == "rand-m9-mstd0.5-inc1"
-    assert data["size"] == (384 if name == "finetune_384" else 224)
+    assert data["size"] == {"finetune_384": 384, "cct_cifar10": 32}.get(name, 224)
     mix = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "prob": 1.0, "switch_prob": 0.5, "label_smoothing": 0.1}
     assert model["mix"]["init_args"] == mix
-    assert (schedule["shifted"], schedule.get("cooldown", 0)) == ((False, 10) if name == "tnt" else (True, 0))
+    timms = name in ("tnt", "cct_cifar10")
+    assert (schedule["shifted"], schedule.get("cooldown", 0)) == ((False, 10) if timms else (True, 0))
 
 
 @pytest.mark.parametrize("net", ["deit_s_distilled", "next_vit_l", "timm_resnet50", "tnt_s_se", "vit_b_32"])
@@ -113,14 +117,14 @@ class Watch(Callback):
 
 @pytest.mark.parametrize("name", VALUES)
 def test_a_recipe_takes_steps(name: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = 32 if name == "small" else 72
+    size = 32 if name in ("small", "cct_cifar10") else 72
     settings = {
         **{f"model.backbone.{key}": value for key, value in TINY[NETS[name]].items()},
         **{f"data.{key}": value for key, value in {"dataset": "ImageFolder", "root": str(photos)}.items()},
         "data.size": size,
         "data.batch_size": 12,
         "data.workers": 0,
-        "trainer.max_epochs": 12 if name == "tnt" else 2,
+        "trainer.max_epochs": 12 if name in ("tnt", "cct_cifar10") else 2,
         "trainer.max_steps": 6,
         "trainer.precision": "32-true",
         "trainer.accelerator": "cpu",

@@ -1,7 +1,7 @@
 """ViT-Lite, CVT and CCT: SHI-Labs/Compact-Transformers src/vit.py, cvt.py and cct.py.
 
-The checkpoints that are called sinusoidal hold learned tables, as the released functions for CCT and CVT make them
-whatever is asked: they belong into a net with `LearnedPosition`.
+A table of positions is loaded as it is: weights that are called sinusoidal fit a net with either kind of table. (The
+released functions for CCT and CVT make a learned table even then, and put its fresh values in the place of the file's.)
 """
 
 from __future__ import annotations
