@@ -36,7 +36,7 @@ class ConvTokenizer(Block):
     Raises:
         BuildError: there is no convolution, or one does not fit the image.
 
-    Source: arXiv 2104.05704, section 3.3; SHI-Labs/Compact-Transformers src/utils/tokenizer.py.
+    Source: arXiv 2104.05704; SHI-Labs/Compact-Transformers src/utils/tokenizer.py.
     """
 
     source = SOURCE
@@ -97,7 +97,7 @@ class CompactPatchStem(PatchStem):
     Raises:
         BuildError: the patch does not divide the image.
 
-    Source: arXiv 2104.05704, section 3.2; SHI-Labs/Compact-Transformers src/vit.py and src/cvt.py.
+    Source: arXiv 2104.05704; SHI-Labs/Compact-Transformers src/vit.py and src/cvt.py.
     """
 
     source = SOURCE
@@ -117,7 +117,7 @@ class SeqPoolHead(Head):
 
     The weights' Linear has a bias, as released, though a softmax does not see it.
 
-    Source: arXiv 2104.05704, section 3.2; SHI-Labs/Compact-Transformers src/utils/transformers.py.
+    Source: arXiv 2104.05704; SHI-Labs/Compact-Transformers src/utils/transformers.py.
     """
 
     reads = frozenset({"map"})

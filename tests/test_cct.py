@@ -134,6 +134,7 @@ def test_positions_are_resized_bilinearly() -> None:
     net = compact("vit", {**vector.args, "img_size": 48, "num_classes": 4})
     report = start_from(net, vector.state)
     assert report.resized == ["backbone.stem.position.table"]
+    assert set(report.fresh) == {"head.fc.weight", "head.fc.bias"}
     old = vector.state["classifier.positional_emb"]
     grid = old[:, 1:].unflatten(1, (8, 8)).permute(0, 3, 1, 2)
     want = F.interpolate(grid, size=(12, 12), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
