@@ -16,6 +16,7 @@ from blocks import (
     residual,
     stems,
     structure,
+    t2t,
     tnt,
     transformer,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "residual",
     "stems",
     "structure",
+    "t2t",
     "tnt",
     "transformer",
 ]

@@ -92,9 +92,8 @@ class LearnedPosition(Position):
 class SinusoidTable(PositionTable):
     """A fixed vector for each token, prefix tokens first, kept in checkpoints as their publishers do."""
 
-    no_decay: ClassVar[frozenset[str]] = frozenset()
-
     def _fill(self, at: Shape, std: float) -> None:
+        self.no_decay = frozenset()  # nothing here is learned
         where = torch.arange(at.prefix + at.positions, dtype=torch.float64)[:, None]
         channel = torch.arange(at.dim, dtype=torch.float64)
         angles = where / 10000.0 ** (2 * torch.div(channel, 2, rounding_mode="floor") / at.dim)

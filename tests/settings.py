@@ -36,6 +36,7 @@ from blocks.pvt import ReducedAttention
 from blocks.residual import Residual
 from blocks.stems import ConvStem, PatchStem
 from blocks.structure import AddPosition, ClassToken, ConvEmbed, FromModule, Identity, MakeWords, Merge
+from blocks.t2t import PerformerAttention, PerformerToken, SoftSplit, TokensToTokenStem, TransformerToken
 from blocks.tnt import TNT, SentenceStem
 from blocks.transformer import Encoder
 
@@ -96,6 +97,7 @@ TABLE: dict[type, list[Case]] = {
         ("drop_path", at(prefix=1, drop_path=0.3), {"mixer": HEADS, "mlp_residual": SCALED}),
         ("dropout", ONE, {"mixer": partial(HEADS, attn_drop=0.1, proj_drop=0.1), "mlp": partial(Mlp, drop=0.1)}),
         ("norm_stream", ONE, {"mixer": HEADS, "norm_stream": True}),
+        ("performer", ONE, {"mixer": partial(PerformerAttention, heads=4)}),
     ),
     TNT: rows(
         ("map", at(words=WORDS), {"inner": WORD_ENCODER, "outer": ENCODER}),
@@ -163,6 +165,36 @@ TABLE: dict[type, list[Case]] = {
         ("cvt", replace(IMAGES, position=LearnedPosition()), {"prefix": 0, "norm": LayerNorm, "drop": 0.1}),
         passes="",
     ),
+    SoftSplit: rows(
+        ("overlap", at(32, (7, 5), stride=2), {}),
+        ("patches", at(stride=2), {"kernel": 2}),
+        ("same", at(8), {"kernel": 5}),
+    ),
+    PerformerToken: rows(
+        ("narrower", at(48, dim=16), {}),
+        ("prefix", at(prefix=2, drop_path=0.3), {"features": 1.0, "mlp_ratio": 2.0, "drop": 0.0}),
+        ("residual", at(dim=64), {"mixer_residual": SCALED, "mlp_residual": GATED, "drop": 0.0}),
+    ),
+    TransformerToken: rows(
+        ("narrower", at(48, dim=16), {}),
+        ("prefix", at(prefix=2, drop_path=0.3), {"mlp_ratio": 2.0}),
+        ("bias", at(dim=64, prefix=1, position=RelativeBias()), {"mixer_residual": SCALED, "mlp_residual": GATED}),
+        ("rope", at(dim=16, position=RoPE()), {}),
+    ),
+    TokensToTokenStem: rows(
+        ("performer", replace(IMAGES, position=SinusoidPosition()), {"token_dim": 16}),
+        (
+            "transformer",
+            replace(IMAGES, position=LearnedPosition()),
+            {"token_dim": 16, "mixer": TransformerToken, "prefix": 2, "drop": 0.1},
+        ),
+        (
+            "convolutions",
+            at(3, (31, 45), dim=32),
+            {"token_dim": 32, "mixer": ConvEmbed, "kernels": (4, 5), "strides": (4, 2), "prefix": 0},
+        ),
+        passes="",
+    ),
     Identity: rows(("map", MAP, {}), ("prefix", TWO, {}), passes="words prefix"),
     ClassToken: rows(("first", MAP, {}), ("more", ONE, {"count": 2})),
     AddPosition: rows(
@@ -194,6 +226,7 @@ TABLE: dict[type, list[Case]] = {
         ("rope", ONE, {"heads": 4, "position": RoPE()}),
         ("gate", ONE, {"heads": 4, "gate": SigmoidGate}),
     ),
+    PerformerAttention: rows(("plain", TWO, {"heads": 4}), ("features", ONE, {"heads": 1, "features": 1.0})),
     MHCA: rows(("plain", MAP, {}), ("layernorm", MAP, {"head_dim": 8, "norm": LayerNorm, "act": GELU})),
     ConvAttention: rows(
         ("plain", MAP, {"heads": 4}),

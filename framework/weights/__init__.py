@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from framework.errors import ConfigError
-from framework.weights import cct, cvt, nextvit, pvt, tnt, vit
+from framework.weights import cct, cvt, nextvit, pvt, t2t, tnt, vit
 from framework.weights.keys import Family, assemble
 
-FAMILIES: list[Family] = [tnt, vit, nextvit, pvt, cvt, cct]
+FAMILIES: list[Family] = [tnt, vit, nextvit, pvt, cvt, cct, t2t]
 
 # What the families call their classifiers.
 HEAD = re.compile(r"(head|head_dist|proj_head|classifier\.fc|classifier\.attention_pool)\.")
@@ -79,7 +79,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged file may fail in any way
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(f"cannot read weights from {path}: {type(error).__name__}: {reason}") from error
-    for wrapping in ("model", "state_dict"):
+    # timm's script saves averaged weights beside the others, and its evaluation, as T2T-ViT's, reads them
+    for wrapping in ("model", "state_dict_ema", "state_dict"):
         if isinstance(found, dict) and isinstance(found.get(wrapping), dict):
             found = found[wrapping]
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
