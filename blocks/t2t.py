@@ -1,8 +1,7 @@
 """T2T-ViT: images to tokens by soft splits, windows that overlap, with a small transformer between every two of them.
 
-Paper: arXiv 2101.11986 (ICCV 2021). Code: yitu-opensource/T2T-ViT, models/t2t_vit.py, token_transformer.py and
-token_performer.py.
-Its backbone is the standard `Encoder` behind `SinusoidPosition`.
+Paper: arXiv 2101.11986 (ICCV 2021). Code: yitu-opensource/T2T-ViT, models/t2t_vit.py,
+token_transformer.py and token_performer.py. Its backbone is the standard `Encoder` behind `SinusoidPosition`.
 """
 
 from __future__ import annotations

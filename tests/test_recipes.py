@@ -27,8 +27,10 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "linear_probe": (4e-3, 0.0, 0.1, 0, 0.0, 100, 128, 1, 0.0, None, None),
     "next_vit": (2e-3, 0.1, 0.1, 20, 1e-5, 300, 256, 1, 0.25, None, 5.0),
     "small": (1e-3, 0.05, 0.1, 1.5, 1e-5, 30, 128, 1, 0.0, None, None),
+    "t2t_vit": (5e-4, 0.05, 0.1, 10, 1e-5, 310, 64, 1, 0.25, 0.99996, None),
     "tnt": (1e-3, 0.05, 0.1, 5, 1e-5, 310, 128, 3, 0.25, 0.99996, None),
 }
+COOL = ("cct_cifar10", "t2t_vit", "tnt")  # ten epochs at the last rate
 NETS = {
     "cct_cifar10": "cct_7_3x1_32",
     "deit": "deit_ti",
@@ -36,12 +38,14 @@ NETS = {
     "linear_probe": "deit_s",
     "next_vit": "next_vit_s",
     "small": "deit_ti",
+    "t2t_vit": "t2t_vit_14",
     "tnt": "tnt_s",
 }
 TINY: dict[str, dict[str, Any]] = {
     "cct_7_3x1_32": {"dim": 24, "pattern": "enc*2", "stem.layers": 2},
     "deit_ti": {"dim": 24, "pattern": "enc*2", "stem.patch": 8},
     "deit_s": {"dim": 24, "pattern": "enc*2", "stem.patch": 8},
+    "t2t_vit_14": {"dim": 24, "pattern": "enc*2", "stem.token_dim": 8},
     "tnt_s": {"dim": 24, "pattern": "tnt*2", "stem": {"patch": 8, "words": 4, "word_dim": 4}},
     "next_vit_s": {"stages.s1.pattern": "ncb", "stages.s2.pattern": "ncb ntb", "stages.s3": None, "stages.s4": None},
 }
@@ -79,11 +83,12 @@ def test_a_recipe_has_the_numbers_of_its_source(name: str) -> None:
     assert data["size"] == {"finetune_384": 384, "cct_cifar10": 32}.get(name, 224)
     mix = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "prob": 1.0, "switch_prob": 0.5, "label_smoothing": 0.1}
     assert model["mix"]["init_args"] == mix
-    timms = name in ("tnt", "cct_cifar10")
-    assert (schedule["shifted"], schedule.get("cooldown", 0)) == ((False, 10) if timms else (True, 0))
+    assert (schedule["shifted"], schedule.get("cooldown", 0)) == ((False, 10) if name in COOL else (True, 0))
 
 
-@pytest.mark.parametrize("net", ["deit_s_distilled", "next_vit_l", "timm_resnet50", "tnt_s_se", "vit_b_32"])
+@pytest.mark.parametrize(
+    "net", ["deit_s_distilled", "next_vit_l", "timm_resnet50", "t2t_vit_14", "tnt_s_se", "vit_b_32"]
+)
 @pytest.mark.parametrize("recipe", ["deit", "tnt", "next_vit"])
 def test_any_net_takes_any_recipe(recipe: str, net: str) -> None:
     meta_model(composed(recipe, net))
@@ -124,7 +129,7 @@ def test_a_recipe_takes_steps(name: str, photos: Path, tmp_path: Path, monkeypat
         "data.size": size,
         "data.batch_size": 12,
         "data.workers": 0,
-        "trainer.max_epochs": 12 if name in ("tnt", "cct_cifar10") else 2,
+        "trainer.max_epochs": 12 if name in COOL else 2,
         "trainer.max_steps": 6,
         "trainer.precision": "32-true",
         "trainer.accelerator": "cpu",
