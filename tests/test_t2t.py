@@ -12,20 +12,25 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from blocks.attention import Attention
 from blocks.base import Block, BuildError, Shape, Site, tokens
 from blocks.gates import NoGate, SigmoidGate
 from blocks.heads import ClassTokenHead
 from blocks.mlp import Mlp
-from blocks.positions import SinusoidPosition
+from blocks.positions import RelativeBias, SinusoidPosition, resize_grid
+from blocks.structure import ClassToken, Identity
 from blocks.t2t import (
+    PerformerAttention,
     PerformerToken,
+    SoftSplit,
     TokensToTokenStem,
     TransformerToken,
+    random_feature_attention,
 )
 from blocks.transformer import Encoder
-from framework.backbones import Isotropic
+from framework.backbones import Isotropic, Pyramid, Stage
 from framework.data.base import Image
 from framework.errors import ConfigError
 from framework.weights import convert
@@ -255,7 +260,7 @@ def test_sinusoids_of_another_image_size_are_resized(old: int, new: int) -> None
     small = {"embed_dim": 16, "depth": 1, "num_heads": 2, "token_dim": 8, "num_classes": 3}
     theirs, net = t2t(old, **small), t2t(new, **small)
     table = SinusoidPosition().tokens(Shape(16, (old // 16, old // 16), 1)).state_dict()["table"]
-    report = start_from(net, {f"{key}": value for key, value in theirs.state_dict().items()})
+    report = start_from(net, theirs.state_dict())
     assert report.resized == ["backbone.stem.position.table"]
     assert not report.fresh
     found = net.state_dict()["backbone.stem.position.table"]
