@@ -37,18 +37,22 @@ class Features(NamedTuple):
         prefix: `(B, P, C)` class, distillation or register tokens, or None.
         words: `(B·N, m, c)` finer tokens under each of the N map positions (raster order), or None.
         extra: the state of a plug-in; every block passes on what it does not know.
+        turn: which run of a shared block this is, counted by `Recursive`; 0 elsewhere. It flows, rather than being
+            told to the parts, so that what is computed again in the backward pass sees the turn that it had.
     """
 
     map: Tensor
     prefix: Tensor | None = None
     words: Tensor | None = None
     extra: dict[str, Tensor] | None = None
+    turn: int = 0
 
     def replace(
         self,
         map: Tensor | EllipsisType = ...,
         prefix: Tensor | EllipsisType | None = ...,
         words: Tensor | EllipsisType | None = ...,
+        turn: int | EllipsisType = ...,
     ) -> Features:
         """The same features with other parts. (`_replace` does the same, but torch 2.9 cannot compile it.)"""
         return Features(
@@ -56,6 +60,7 @@ class Features(NamedTuple):
             self.prefix if isinstance(prefix, EllipsisType) else prefix,
             self.words if isinstance(words, EllipsisType) else words,
             self.extra,
+            self.turn if isinstance(turn, EllipsisType) else turn,
         )
 
 
@@ -239,6 +244,16 @@ def show_grid(grid: Grid) -> str:
     return f"{grid[0]}×{grid[1]}"
 
 
+def describe_shape(shape: Shape) -> str:
+    """A shape in words: `384 × 14×14 + 1 prefix, 16 words of 24`."""
+    text = f"{shape.dim} × {show_grid(shape.grid)}"
+    if shape.prefix:
+        text += f" + {shape.prefix} prefix"
+    if shape.words:
+        text += f", {shape.words.count} words of {shape.words.dim}"
+    return text
+
+
 class Block(nn.Module, ABC):
     """One step of a net. A subclass's first constructor argument is `site`; it sets `out`, and forwards Features.
 
@@ -284,10 +299,13 @@ class Mixer(nn.Module, ABC):
     Attributes:
         per_token: whether some rows of the result can be had, exactly, without computing the others. Norms,
             feed-forwards and gates have it too: it allows an encoder to skip rows that nobody reads.
+        by_turn: whether it works in another way in later runs of a shared block: its forward then has an argument
+            `turn`, the number of the run.
     """
 
     source: ClassVar[str] = ""
     per_token: bool = False
+    by_turn: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, x: Tensor, grid: Grid, rows: int | None = None) -> Tensor:

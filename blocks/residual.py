@@ -53,4 +53,19 @@ class Residual(nn.Module):
         return f"drop_path={self.rate:.3g}" + (f", scale={self.scale}" if self.scale != 1.0 else "")
 
 
+class LearnedResidual(Residual):
+    """`a · x + b · drop_path(y)` with one learned number each, both 1 at the start.
+
+    Source: SReT, arXiv 2111.05297, learnable residual connections; szq0214/SReT SReT.py, LearnableCoefficient.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.skip = nn.Parameter(torch.ones(1))
+        self.branch = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(self.skip * x, self.branch * y)
+
+
 ResidualFactory = Callable[[Site], Residual]

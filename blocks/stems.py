@@ -57,11 +57,13 @@ class ConvStem(Block):
         strides: stride of each convolution; their product is the stem's stride.
         norm: the normalisation behind each convolution.
         act: the activation behind each norm.
+        bias: whether the convolutions have biases (SReT).
 
     Raises:
         BuildError: `dims` and `strides` differ in length, or are empty.
 
-    Source: Next-ViT, arXiv 2207.05501; bytedance/Next-ViT classification/nextvit.py.
+    Source: Next-ViT, arXiv 2207.05501; bytedance/Next-ViT classification/nextvit.py; with biases SReT, arXiv
+    2111.05297.
     """
 
     source = "Next-ViT, arXiv 2207.05501; bytedance/Next-ViT"
@@ -74,6 +76,7 @@ class ConvStem(Block):
         strides: tuple[int, ...] = (2, 1, 1, 2),
         norm: NormFactory = BatchNorm,
         act: ActFactory = ReLU,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         if not dims or len(dims) != len(strides):
@@ -83,7 +86,7 @@ class ConvStem(Block):
         self.layers = nn.ModuleList()
         width, grid = site.inp.dim, site.inp.grid
         for dim, stride in zip(dims, strides, strict=True):
-            conv = nn.Conv2d(width, dim, 3, stride=stride, padding=1, bias=False)
+            conv = nn.Conv2d(width, dim, 3, stride=stride, padding=1, bias=bias)
             nn.init.trunc_normal_(conv.weight, std=0.02)
             self.layers.append(nn.ModuleDict({"conv": conv, "norm": norm(dim), "act": act()}))
             width, grid = dim, ((grid[0] - 1) // stride + 1, (grid[1] - 1) // stride + 1)

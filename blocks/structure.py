@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from blocks.base import (
+    PARTS,
     Block,
+    BlockFactory,
     Features,
     NormFactory,
     Position,
     Shape,
     Site,
     Words,
+    describe_shape,
     linear,
     show_grid,
     to_map,
@@ -219,6 +222,51 @@ class ConvEmbed(Block):
 
     def forward(self, features: Features) -> Features:
         return features.replace(map=self.norm.on_map(self.conv(features.map)))
+
+
+class Recursive(Block):
+    """Runs one block several times, each time followed by a block of its own.
+
+    The weights of `block` are there once: counted, decayed and saved once. Parts of it that work in another way in
+    later runs (`SlicedAttention`) see which one it is in `Features.turn`. Batch norms inside take statistics in each.
+
+    Args:
+        block: the block that is shared.
+        times: how often it runs.
+        after: what follows each run, with weights of its own (SReT: `NLL`).
+
+    Raises:
+        BuildError: `times` is below 1, or a block does not give the shape that it gets.
+
+    Source: SReT, arXiv 2111.05297, section 3; szq0214/SReT.
+    """
+
+    source = "SReT, arXiv 2111.05297; szq0214/SReT"
+
+    def __init__(self, site: Site, block: BlockFactory, times: int = 2, after: BlockFactory = Identity) -> None:
+        super().__init__()
+        if times < 1:
+            raise site.error(self, f"needs to run its block at least once, got times: {times}")
+        self.block = block(site.inside("block"))
+        self.after = nn.ModuleList(after(site.inside("after")) for _ in range(times))
+        for name, made in (("block", self.block), ("after", cast(Block, self.after[0]))):
+            if made.out != site.inp:
+                raise site.error(
+                    self, f"cannot have {type(made).__name__} as {name}: it makes {describe_shape(made.out)} of "
+                    f"{describe_shape(site.inp)}; put what changes the shape before this, in the pattern"
+                )  # fmt: skip
+        self.out = site.inp
+
+    def keep(self, parts: frozenset[str]) -> frozenset[str]:
+        # What one run does not give, the next would miss: only the last of the blocks between may skip work.
+        parts = cast(Block, self.after[-1]).keep(parts)
+        return self.block.keep(parts if len(self.after) == 1 else PARTS)
+
+    def forward(self, features: Features) -> Features:
+        turn = features.turn
+        for i, after in enumerate(self.after):
+            features = after(self.block(features.replace(turn=i)))
+        return features.replace(turn=turn)
 
 
 class FromModule(Block):

@@ -81,10 +81,11 @@ class Encoder(Block):
         if prefix is not None:
             x, count = torch.cat([prefix, x], dim=1), prefix.shape[1]
         y = self.norm1(x)
+        turn = {"turn": features.turn} if self.mixer.by_turn else {}
         if self.prefix_only:
-            x = self.mixer_residual(cast(Tensor, prefix), self.mixer(y, grid, rows=count))
+            x = self.mixer_residual(cast(Tensor, prefix), self.mixer(y, grid, rows=count, **turn))
             return features.replace(prefix=self._feed_forward(x, (0, 0)))
-        x = self._feed_forward(self.mixer_residual(x, self.mixer(y, grid)), grid)
+        x = self._feed_forward(self.mixer_residual(x, self.mixer(y, grid, **turn)), grid)
         if prefix is None:
             return features.replace(map=to_map(x, grid))
         return features.replace(map=to_map(x[:, count:], grid), prefix=x[:, :count])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from blocks.base import Block, BlockFactory, BuildError, Features, NoPosition, Position, Shape, Site, show_grid
+from blocks.base import Block, BlockFactory, BuildError, Features, NoPosition, Position, Shape, Site
 from framework.errors import reason, suggest
 from framework.pattern import expand
 
@@ -30,7 +30,8 @@ class Section:
         blocks: the factories that the pattern names.
         dims: another width for some names.
         entry: name of a block that runs before the pattern.
-        drop_path: rate of the section's last block, growing linearly from 0 at its first; None: the net's rule.
+        drop_path: rate of the section's last block, growing linearly from 0 at its first, or the rates of both; None:
+            the net's rule.
     """
 
     where: str
@@ -40,15 +41,20 @@ class Section:
     blocks: Mapping[str, BlockFactory] = field(default_factory=dict)
     dims: Mapping[str, int] = field(default_factory=dict)
     entry: str = ""
-    drop_path: float | None = None
+    drop_path: float | tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.drop_path is not None:
-            check_rate(self.drop_path, self.where)
+        for rate in self.drop_path_ends or ():
+            check_rate(rate, self.where)
         sizes = {"dim": self.dim, "stride": self.stride} | {f"dims.{name}": dim for name, dim in self.dims.items()}
         for what, value in sizes.items():
             if value < 1:
                 raise BuildError(f"{self.where}.{what}: got {value}, must be at least 1")
+
+    @property
+    def drop_path_ends(self) -> tuple[float, float] | None:
+        """The rates of its first and its last block; None where the net's rule gives them."""
+        return (0.0, self.drop_path) if isinstance(self.drop_path, int | float) else self.drop_path
 
     def names(self) -> list[str]:
         """The names of its blocks in order, the entry first. Raises BuildError where one is not there."""
@@ -97,12 +103,12 @@ def compose(
         planned = list(_chain(sections, shape, position, word_position, [0.0], check=True))
     if not depth:
         depth = sum(block.counts for _, block in planned)
-    rates = linear_rates(drop_path, max(depth, 1))
+    rates = linear_rates(0.0, drop_path, max(depth, 1))
     for stage, section in enumerate(sections):
         count = sum(block.counts for at, block in planned if at == stage)
-        if section.drop_path is not None:
+        if section.drop_path_ends is not None:
             first = index + sum(block.counts for at, block in planned if at < stage)
-            rates[first : first + count] = linear_rates(section.drop_path, count)
+            rates[first : first + count] = linear_rates(*section.drop_path_ends, count)
     built: list[list[Block]] = [[] for _ in sections]
     for (stage, block), (_, plan) in zip(
         _chain(sections, shape, position, word_position, rates, check=False, depth=depth, index=index),
@@ -115,9 +121,9 @@ def compose(
     return built
 
 
-def linear_rates(rate: float, count: int) -> list[float]:
-    """Stochastic depth of `count` blocks: from 0 at the first to `rate` at the last."""
-    return [rate * (i / max(count - 1, 1)) for i in range(count)]
+def linear_rates(first: float, last: float, count: int) -> list[float]:
+    """Stochastic depth of `count` blocks: from `first` at the first to `last` at the last."""
+    return [first + (last - first) * (i / max(count - 1, 1)) for i in range(count)]
 
 
 def check_rate(drop_path: float, where: str) -> None:
@@ -237,13 +243,3 @@ def check_block(block: Block, features: Features, where: str) -> Features:
 
 def _show(value: Tensor | None) -> str:
     return "none" if value is None else f"({', '.join(map(str, value.shape))})"
-
-
-def describe_shape(shape: Shape) -> str:
-    """A shape in words: `384 × 14×14 + 1 prefix, 16 words of 24`."""
-    text = f"{shape.dim} × {show_grid(shape.grid)}"
-    if shape.prefix:
-        text += f" + {shape.prefix} prefix"
-    if shape.words:
-        text += f", {shape.words.count} words of {shape.words.dim}"
-    return text

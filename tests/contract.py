@@ -177,10 +177,11 @@ def check_passes(cls: type[Block], case: Case) -> None:
     block = build(cls, case)
     given = features(case.site.inp)
     foreign = {"words": torch.randn(48, 4, 5), "prefix": torch.randn(2, 1, block.out.dim)}
-    given = given._replace(extra={"plug-in": torch.zeros(1)})
+    given = given._replace(extra={"plug-in": torch.zeros(1)}, turn=1)
     given = given._replace(**{n: v for n, v in foreign.items() if n in case.passes and getattr(given, n) is None})
     out = block(given)
     assert out.extra is given.extra, "the state of plug-ins is lost"
+    assert out.turn == 1, "the number of the run of a shared block is lost"
     for name in case.passes:
         assert getattr(out, name) is getattr(given, name), f"{name} should pass"
 

@@ -157,11 +157,12 @@ def check_residual(cls: type[Residual], case: Case) -> None:
     residual = build(cls, case)
     x, y = sample(case), sample(case).flip(0)
     assert check_module(residual, x, y).shape == x.shape
-    branch = residual(x, y) - x
+    alone = residual(x, torch.zeros_like(y))  # what there is without the branch
+    branch = residual(x, y) - alone
     residual.train()
     torch.manual_seed(4)
     x, y = x[:1].expand(400, -1, -1), y[:1].expand(400, -1, -1)
-    share = (residual(x, y) - x).flatten(1) @ branch[0].flatten() / branch[0].square().sum()
+    share = (residual(x, y) - alone[:1]).flatten(1) @ branch[0].flatten() / branch[0].square().sum()
     rate = case.site.drop_path
     kept = share > 0.5
     torch.testing.assert_close(share[kept], torch.full_like(share[kept], 1 / (1 - rate)), rtol=1e-3, atol=1e-3)

@@ -33,9 +33,10 @@ from blocks.positions import (
     SinusoidPosition,
 )
 from blocks.pvt import ReducedAttention
-from blocks.residual import Residual
+from blocks.residual import LearnedResidual, Residual
+from blocks.sret import NLL, SlicedAttention
 from blocks.stems import ConvStem, PatchStem
-from blocks.structure import AddPosition, ClassToken, ConvEmbed, FromModule, Identity, MakeWords, Merge
+from blocks.structure import AddPosition, ClassToken, ConvEmbed, FromModule, Identity, MakeWords, Merge, Recursive
 from blocks.t2t import PerformerAttention, PerformerToken, SoftSplit, TokensToTokenStem, TransformerToken
 from blocks.tnt import TNT, SentenceStem
 from blocks.transformer import Encoder
@@ -79,6 +80,12 @@ NOTHING = rows(("default", MAP, {}))
 HEADS = partial(Attention, heads=4)
 SCALED = partial(Residual, layer_scale=0.1)
 GATED = partial(Residual, gate=TanhGate)
+SLICED = partial(
+    Encoder,
+    mixer=partial(SlicedAttention, heads=4, groups=(6, 2)),
+    mixer_residual=LearnedResidual,
+    mlp_residual=LearnedResidual,
+)
 ENCODER = partial(Encoder, mixer=HEADS)
 WORD_ENCODER = partial(Encoder, mixer=partial(Attention, heads=2))
 SCALED = partial(Residual, layer_scale=0.1)
@@ -148,6 +155,7 @@ TABLE: dict[type, list[Case]] = {
             at(3, (31, 45), dim=32, position=LearnedPosition()),
             {"dims": (8, 16), "strides": (2, 2), "norm": LayerNorm, "act": GELU},
         ),
+        ("bias", IMAGES, {"dims": (8, 16), "strides": (2, 2), "bias": True}),
         passes="",
     ),
     ConvTokenizer: rows(
@@ -215,6 +223,22 @@ TABLE: dict[type, list[Case]] = {
         ("padding", at(32, (12, 9), stride=4, dim=64), {"kernel": 7, "padding": 2, "norm": LayerNorm}),
         ("depthwise", at(stride=2, dim=64), {"kernel": 3, "depthwise": True, "norm": NoNorm}),
     ),
+    Recursive: [
+        *rows(
+            ("encoder", TWO, {"block": ENCODER}),
+            ("sliced", MAP, {"block": SLICED, "after": NLL, "times": 3}),
+            ("drop_path", at(prefix=1, drop_path=0.3), {"block": ENCODER, "after": NLL}),
+            ("once", ONE, {"block": ENCODER, "after": NLL, "times": 1}),
+            ("nested", ONE, {"block": partial(Recursive, block=ENCODER), "after": ENCODER}),
+        ),
+        *rows(("ncb", MAP, {"block": NCB, "times": 3}), passes="words prefix"),
+        *rows(("words", at(words=WORDS), {"block": partial(TNT, inner=WORD_ENCODER, outer=ENCODER)}), passes=""),
+    ],
+    NLL: rows(
+        ("map", MAP, {"mlp": partial(Mlp, ratio=1.0)}),
+        ("prefix", at(prefix=1, drop_path=0.3), {}),
+        ("batchnorm", TWO, {"norm": BatchNorm, "residual": GATED}),
+    ),
     FromModule: [
         *rows(("tokens", TWO, {"module": partial(TimmBlock, num_heads=4), "site_args": {"drop_path": "drop_path"}})),
         *rows(("map", MAP, {"module": ConvNeXtBlock, "layout": "map"}), passes="words prefix"),
@@ -227,6 +251,10 @@ TABLE: dict[type, list[Case]] = {
         ("gate", ONE, {"heads": 4, "gate": SigmoidGate}),
     ),
     PerformerAttention: rows(("plain", TWO, {"heads": 4}), ("features", ONE, {"heads": 1, "features": 1.0})),
+    SlicedAttention: rows(
+        ("plain", MAP, {"heads": 4}),
+        ("groups", MAP, {"heads": 4, "qkv_bias": True, "groups": (6, 2), "attn_drop": 0.1, "proj_drop": 0.1}),
+    ),
     MHCA: rows(("plain", MAP, {}), ("layernorm", MAP, {"head_dim": 8, "norm": LayerNorm, "act": GELU})),
     ConvAttention: rows(
         ("plain", MAP, {"heads": 4}),
@@ -281,6 +309,7 @@ TABLE: dict[type, list[Case]] = {
         ("plain", MAP, {}),
         ("all", at(drop_path=0.3), {"scale": 0.5, "layer_scale": 0.1, "gate": TanhGate}),
     ),
+    LearnedResidual: rows(("plain", MAP, {}), ("drop_path", at(drop_path=0.3), {})),
 }
 
 UNPUBLISHED = {Identity, MakeWords, FromModule}

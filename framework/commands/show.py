@@ -16,8 +16,8 @@ def run(args: Namespace) -> int:
 
 
 def describe(args: Namespace) -> int:
+    from blocks.base import describe_shape
     from framework.ablation.tables import console, short
-    from framework.build import describe_shape
     from framework.measure import cost, meta_model
 
     document = composed(args)
