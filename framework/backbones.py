@@ -44,7 +44,7 @@ class Stage:
         blocks: arguments or other blocks for some names, in this stage only; they inherit from the backbone's.
         entry: name of a block that runs before the pattern.
         drop_path: stochastic depth of this stage alone: rate of its last block, growing linearly from 0 at its first
-            (CvT); by default the backbone's, which grows over all stages.
+            (CvT), or both rates (SReT); by default the backbone's, which grows over all stages.
     """
 
     dim: int
@@ -54,7 +54,7 @@ class Stage:
     # "inherits" tells the config walk which argument beside `stages` gives the base of each value
     blocks: dict[str, BlockFactory] = field(default_factory=dict, metadata={"inherits": "blocks"})
     entry: str = ""
-    drop_path: float | None = None
+    drop_path: float | tuple[float, float] | None = None
 
 
 class Backbone(nn.Module, ABC):

@@ -253,8 +253,11 @@ def test_a_section_may_have_a_decay_of_its_own() -> None:
     assert rates == pytest.approx([0.0, 0.05, 0.0, 0.2, 0.4])
     later = compose([section("enc*2", drop_path=0.4)], MAP, drop_path=0.2, depth=4, index=2)[0]
     assert [block.mixer_residual.rate for block in later] == pytest.approx([0.0, 0.4])
-    with pytest.raises(BuildError, match=r"drop_path: got 1\.5, must be"):
-        section("enc", drop_path=1.5)
+    ends = compose([section("enc*2"), section("enc id enc*2", drop_path=(0.4, 0.2))], MAP)[1]
+    assert [block.mixer_residual.rate for block in ends if block.counts] == pytest.approx([0.4, 0.3, 0.2])
+    for wrong in (1.5, (0.1, 1.5), (1.5, 0.1)):
+        with pytest.raises(BuildError, match=r"drop_path: got 1\.5, must be"):
+            section("enc", drop_path=wrong)
 
 
 def test_building_draws_for_the_real_blocks_alone() -> None:
