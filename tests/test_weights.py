@@ -73,9 +73,11 @@ def test_half_of_a_fused_projection_is_named(net: Net, state: dict[str, Tensor])
     assert "another shape: backbone.blocks.0.inner.mixer.qkv.weight 16×8 (model: 24×8)" in refusal(state, net)
 
 
-def test_two_keys_for_one_place_are_refused(net: Net, state: dict[str, Tensor]) -> None:
-    state["patch_pos"] = state["outer_pos"] + 1
-    assert refusal(state, net).endswith("no place for: patch_pos")
+def test_two_keys_for_one_place_are_refused_where_they_differ(net: Net, state: dict[str, Tensor]) -> None:
+    state["patch_pos"] = state["outer_pos"].clone()
+    assert torch.equal(convert(state, shapes(net))["backbone.stem.position.table"], state["outer_pos"])
+    state["patch_pos"] += 1
+    assert refusal(state, net).endswith("fit this model: differs from its copy: patch_pos")
 
 
 def test_another_shape_is_named(state: dict[str, Tensor]) -> None:

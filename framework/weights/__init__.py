@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from framework.errors import ConfigError
-from framework.weights import cct, cvt, nextvit, pvt, t2t, tnt, vit
-from framework.weights.keys import Family, assemble
+from framework.weights import cct, cvt, nextvit, pvt, sret, t2t, tnt, vit
+from framework.weights.keys import Family, assemble, block_prefixes
 
-FAMILIES: list[Family] = [tnt, vit, nextvit, pvt, cvt, cct, t2t]
+FAMILIES: list[Family] = [tnt, vit, nextvit, pvt, cvt, cct, t2t, sret]
 
 # What the families call their classifiers.
 HEAD = re.compile(r"(head|head_dist|proj_head|classifier\.fc|classifier\.attention_pool)\.")
@@ -54,7 +54,8 @@ def convert(
         )
     target = {key: shape for key, shape in target.items() if key.startswith(("backbone.", "head."))}
     if not head:
-        state = {key: value for key, value in state.items() if not HEAD.match(key)}
+        names = fitting[0].names(state, block_prefixes(target))
+        state = {key: value for key, value in state.items() if not names.get(key, "").startswith("head.")}
         target = {key: shape for key, shape in target.items() if not key.startswith("head.")}
     return assemble(fitting[0], state, target, shapes)
 

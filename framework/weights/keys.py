@@ -17,7 +17,7 @@ from framework.errors import ConfigError
 DROP = ""
 """Maps a key whose tensor no forward reads."""
 
-_BLOCK = re.compile(r"(backbone\.(?:stages\.([^.]+)\.)?(?:blocks\.\d+|entry))\.(?:outer\.)?mlp\.fc1\.weight")
+_BLOCK = re.compile(r"(backbone\.(?:stages\.([^.]+)\.)?(?:blocks\.\d+|entry))\.(?:(?:outer|block)\.)*mlp\.fc1\.weight")
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _SHOWN = 6
 
@@ -111,16 +111,20 @@ def assemble(
     """
     names = family.names(state, block_prefixes(target))
     unknown = [key for key in state if key not in names]
+    unlike: list[str] = []
     found: dict[str, dict[int, Tensor]] = {}
     for key, ours in names.items():
         if ours == DROP:
             continue
         name, _, part = ours.partition("#")
-        parts = found.setdefault(name, {}) if name in target else None
-        if parts is None or int(part or 0) in parts:  # or two published keys say the same
+        if name not in target:
             unknown.append(key)
-        else:
-            parts[int(part or 0)] = family.layout(key, state[key])
+            continue
+        tensor = family.layout(key, state[key])
+        first = found.setdefault(name, {}).setdefault(int(part or 0), tensor)
+        # A shared tensor is published under each of its names.
+        if first is not tensor and not torch.equal(first, tensor):
+            unlike.append(key)
     converted = {name: _join(parts) for name, parts in found.items()}
     for name in target:
         # Weights from before 2018, or made lean, are without it; torch's own loading starts it at 0 as well.
@@ -133,6 +137,7 @@ def assemble(
     ]
     problems = [
         _list("no place for", unknown),
+        _list("differs from its copy", unlike),
         _list("missing", [name for name in target if name not in converted]),
         _list("another shape", wrong),
     ]
