@@ -228,7 +228,8 @@ class Recursive(Block):
     """Runs one block several times, each time followed by a block of its own.
 
     The weights of `block` are there once: counted, decayed and saved once. Parts of it that work in another way in
-    later runs (`SlicedAttention`) see which one it is in `Features.turn`. Batch norms inside take statistics in each.
+    later runs (`SlicedAttention`) see which one it is in `Features.turn`. Batch norms inside keep one set of running
+    statistics, of all runs together.
 
     Args:
         block: the block that is shared.

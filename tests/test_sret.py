@@ -27,10 +27,14 @@ from blocks.stems import ConvStem
 from blocks.structure import ConvEmbed, Recursive
 from blocks.transformer import Encoder
 from framework.backbones import Pyramid, Stage
+from framework.config import compose
 from framework.data.base import Image
 from framework.errors import ConfigError
+from framework.measure import meta_model
 from framework.optim import parameter_groups
+from framework.tasks.classification import Classification
 from framework.weights import FAMILIES, convert
+from tests.conftest import EXPERIMENTS
 from tests.contract import features, randomise
 from tests.settings import GRID, at
 from tests.vectors import Net, assert_near, load, shapes
@@ -164,6 +168,42 @@ def test_the_norm_of_the_head_goes_with_it(net: Net, state: dict[str, Tensor]) -
     backbone = {key for key in shapes(net) if key.startswith("backbone.")}
     assert convert(state, shapes(net), head=False).keys() == backbone
     assert "head.norm.weight" in convert(state, shapes(net))
+
+
+# ---- the zoo
+
+
+@pytest.mark.parametrize(("name", "rate"), [("sret_t", 0.1), ("sret_s", 0.2)])
+def test_drop_path_is_as_released(name: str, rate: float) -> None:
+    net = meta_model(compose([EXPERIMENTS / f"zoo/{name}.yaml"])).backbone
+    released = [rate * (first + i) / 20 for first, count in ((0, 2), (4, 5), (14, 3)) for i in range(count)]
+    blocks = [block for _, _, block in net.steps() if isinstance(block, Recursive)]
+    for part in ("mixer_residual", "mlp_residual"):
+        assert [getattr(block.block, part).rate for block in blocks] == pytest.approx(released)
+    assert {after.residual.rate for block in blocks for after in block.after} == {0.0}
+
+
+def test_linears_may_start_as_torch_has_them() -> None:
+    args = {**load("sret_sliced_64").args, "base_dims": [16, 16, 16]}
+    made = {}
+    for init in ("own", "torch"):
+        torch.manual_seed(0)
+        net = sret(args)
+        task = Classification(
+            lambda image, net=net: net.backbone, Image(64), 10, partial(AveragePoolHead, norm=NORM), init=init
+        )
+        made[init] = dict(task.named_modules())
+    rec = "backbone.stages.s2.blocks.1"
+    linears = {f"{rec}.block.mixer.qkv": 64, f"{rec}.after.1.mlp.fc1": 64, "backbone.stem.layers.2.conv": 9 * 32}
+    for name, inputs in {**linears, "head.fc": 128}.items():
+        bound = inputs**-0.5
+        weight = made["torch"][name].weight
+        assert 0.95 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert made["own"][name].weight.std().item() == pytest.approx(0.02, rel=0.1)
+    for modules in made.values():
+        assert modules[f"{rec}.block.norm1"].weight.eq(1).all()
+        assert modules["backbone.stem.position"].table.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 # ---- recursion

@@ -49,6 +49,8 @@ class Classification(Task):
             dropout, no drop path) and without gradients; the head and the loss terms learn.
         compile: whether torch.compile compiles each block of the backbone by itself, for training. Minutes at the
             start, which long runs win back, on a GPU above all.
+        init: how every Linear and convolution of the net starts: as its part here has it (`own`: N(0, .02²) for most),
+            or as torch has it (`torch`: uniform, by the number of inputs), which SReT leaves as it is.
 
     Raises:
         BuildError: the parts do not fit together.
@@ -66,6 +68,7 @@ class Classification(Task):
         schedule: Schedule = Cosine(),
         freeze: Literal["none", "backbone"] = "none",
         compile: bool = False,
+        init: Literal["own", "torch"] = "own",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -74,6 +77,10 @@ class Classification(Task):
         self.image, self.num_classes = image, num_classes
         self.backbone = backbone(image)
         self.head = head(self.backbone.out, num_classes)
+        if init == "torch":
+            for module in self.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    module.reset_parameters()
         self.objectives = nn.ModuleDict(objectives or {"cross_entropy": CrossEntropy()})
         for term in self.terms.values():
             term.setup(self)
