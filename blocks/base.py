@@ -83,12 +83,16 @@ class Words:
 
 @dataclass(frozen=True)
 class Shape:
-    """`Features` at one point of a net, known without data: width, map grid, number of prefix tokens, words."""
+    """`Features` at one point of a net, known without data: width, map grid, number of prefix tokens, words.
+
+    `extra` names what a backbone puts into the `extra` of its final features: maps like the final one.
+    """
 
     dim: int
     grid: Grid
     prefix: int = 0
     words: Words | None = None
+    extra: tuple[str, ...] = ()
 
     @property
     def positions(self) -> int:

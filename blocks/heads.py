@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from blocks.base import BuildError, Features, NormFactory, Shape, linear
@@ -18,19 +19,25 @@ class Head(nn.Module, ABC):
     Attributes:
         reads: which parts of the features it reads: the net may skip the work for the others.
         classifiers: how many logits `each` gives.
+        distilled: whether the second of them are a distillation token's.
     """
 
     reads: ClassVar[frozenset[str]]
     classifiers: ClassVar[int] = 1
+    distilled: ClassVar[bool] = False
     source: ClassVar[str] = ""
 
     @abstractmethod
     def forward(self, features: Features) -> Tensor:
-        """The logits that are evaluated: the mean of `each`."""
+        """The logits that are evaluated."""
 
     def each(self, features: Features) -> tuple[Tensor, ...]:
         """The logits of each classifier, which may learn from different terms: class token, distillation token."""
         return (self(features),)
+
+    def evaluated(self, each: tuple[Tensor, ...]) -> Tensor:
+        """What `forward` gives, from what `each` gives: the mean."""
+        return torch.stack(each).mean(dim=0) if len(each) > 1 else each[0]
 
     def pooled(self, features: Features) -> Tensor:
         """What its classifiers read of the features, `(B, n)`: what a probe of a frozen backbone measures.
@@ -113,6 +120,7 @@ class DistilledHead(Head):
 
     reads = frozenset({"prefix"})
     classifiers = 2
+    distilled = True
     source = "DeiT, arXiv 2012.12877; facebookresearch/deit"
 
     def __init__(self, shape: Shape, num_classes: int) -> None:

@@ -77,3 +77,6 @@ class NoNorm(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+    def on_map(self, map: Tensor) -> Tensor:
+        return map

@@ -181,6 +181,7 @@ class ConvEmbed(Block):
         norm: the normalisation behind it.
         padding: zeros at each edge; by default half of the kernel, and none where patches do not overlap.
         depthwise: whether each channel that comes in makes its own share of those that go out (SReT).
+        before: a normalisation before the convolution (ConvNeXt, with NoNorm behind).
 
     Raises:
         BuildError: the kernel is smaller than the stride, patches that do not overlap do not fit the map, the map is
@@ -200,6 +201,7 @@ class ConvEmbed(Block):
         norm: NormFactory = LayerNorm,
         padding: int | None = None,
         depthwise: bool = False,
+        before: NormFactory = NoNorm,
     ) -> None:
         super().__init__()
         site.no_prefix(self)
@@ -215,13 +217,14 @@ class ConvEmbed(Block):
         if depthwise:
             site.divides(self, site.dim, site.inp.dim, "depthwise channels")
         groups = site.inp.dim if depthwise else 1
+        self.before = before(site.inp.dim)
         self.conv = nn.Conv2d(site.inp.dim, site.dim, k, stride=s, padding=pad, groups=groups)
         self.norm = norm(site.dim)
         grid = ((h + 2 * pad - k) // s + 1, (w + 2 * pad - k) // s + 1)
         self.out = replace(site.inp, dim=site.dim, grid=grid)
 
     def forward(self, features: Features) -> Features:
-        return features.replace(map=self.norm.on_map(self.conv(features.map)))
+        return features.replace(map=self.norm.on_map(self.conv(self.before.on_map(features.map))))
 
 
 class Recursive(Block):

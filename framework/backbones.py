@@ -154,7 +154,7 @@ class Composed(Backbone):
         return Level(name, shape.dim, round(image.size / shape.grid[0]))
 
 
-def _stem(stem: BlockFactory, image: Image, dim: int, position: Position, word_position: Position) -> Block:
+def make_stem(stem: BlockFactory, image: Image, dim: int, position: Position, word_position: Position) -> Block:
     """The stem, made and checked like any block; it sees the image as a map of `image.channels` channels."""
     where, inp = f"{WHERE}.stem", Shape(image.channels, (image.size, image.size))
     site = Site(inp=inp, dim=dim, where=where, position=position, word_position=word_position)
@@ -198,7 +198,7 @@ class Isotropic(Composed):
         super().__init__()
         check_rate(drop_path, WHERE)
         section = Section(WHERE, pattern, dim, blocks=blocks)
-        self.stem = _stem(stem, image, dim, position, word_position)
+        self.stem = make_stem(stem, image, dim, position, word_position)
         made = compose([section], self.stem.out, drop_path=drop_path, position=position, word_position=word_position)[0]
         self.blocks = nn.ModuleList(made)
         self.names = section.names()
@@ -276,7 +276,7 @@ class Pyramid(Composed):
             )
             for name, s in stages.items()
         ]  # fmt: skip
-        self.stem = _stem(stem, image, sections[0].dim, position, word_position)
+        self.stem = make_stem(stem, image, sections[0].dim, position, word_position)
         made = compose(sections, self.stem.out, drop_path=drop_path, position=position, word_position=word_position)
         ends = [chain[-1].out for chain in made]
         lengths = [len(chain) for chain in made]

@@ -11,7 +11,7 @@ from typing import Any
 
 from docstring_parser import parse
 
-from blocks import base, heads, registry, residual
+from blocks import base, heads, registry, residual, revcol
 from framework import typed
 from framework.ablation.launch import Launcher
 from framework.backbones import Backbone
@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[type, int]] = {
     "mixer": (base.Mixer, 1),
     "feed-forward": (base.FeedForward, 1),
     "residual": (residual.Residual, 1),
+    "fusion": (revcol.Fusion, 2),
     "gate": (base.Gate, 1),
     "norm": (base.Norm, 1),
     "activation": (base.Act, 0),

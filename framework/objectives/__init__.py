@@ -3,6 +3,7 @@
 from framework.objectives.base import Objective, Step
 from framework.objectives.cross_entropy import CrossEntropy
 from framework.objectives.distillation import Distillation, HardDistillation, SoftDistillation
+from framework.objectives.supervision import IntermediateCrossEntropy, Reconstruction
 from framework.objectives.teachers import CheckpointTeacher, Teacher, TimmTeacher
 
 __all__ = [
@@ -10,7 +11,9 @@ __all__ = [
     "CrossEntropy",
     "Distillation",
     "HardDistillation",
+    "IntermediateCrossEntropy",
     "Objective",
+    "Reconstruction",
     "SoftDistillation",
     "Step",
     "Teacher",

@@ -28,6 +28,7 @@ class Step:
         class_logits: those that learn from the labels: the class token's where another term teaches the
             distillation token, else `logits`.
         distillation_logits: those of the distillation token, or None where the head has none.
+        each: those of every classifier of the head.
     """
 
     images: Tensor
@@ -36,6 +37,7 @@ class Step:
     logits: Tensor
     class_logits: Tensor
     distillation_logits: Tensor | None = None
+    each: tuple[Tensor, ...] = ()
 
 
 class Objective(nn.Module, ABC):

@@ -28,7 +28,7 @@ class Distillation(Objective, ABC):
         self.net: Frozen | None = None
 
     def setup(self, task: Classification) -> None:
-        if self.token == "distillation" and task.head.classifiers < 2:
+        if self.token == "distillation" and not task.head.distilled:
             raise BuildError(
                 f"model.objectives: {type(self).__name__} teaches the distillation token, but "
                 f"{type(task.head).__name__} reads none; set head: DistilledHead and prefix: 2 in the stem, "

@@ -167,10 +167,10 @@ class Classification(Task):
     def _step(self, images: Tensor, targets: Tensor) -> Step:
         with torch.no_grad() if self.frozen else nullcontext():
             features = self.backbone(images)
-        first, *others = each = self.head.each(features)
-        logits = torch.stack(each).mean(dim=0) if others else first
-        alone = first if self._apart else logits
-        return Step(images, targets, features, logits, alone, others[0] if others else None)
+        each = self.head.each(features)
+        logits = self.head.evaluated(each)
+        token = each[1] if self.head.distilled else None
+        return Step(images, targets, features, logits, each[0] if self._apart else logits, token, each)
 
     def _forget(self, *stages: str) -> None:
         """Starts the means of these stages anew."""

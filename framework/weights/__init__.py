@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from framework.errors import ConfigError
-from framework.weights import cct, cvt, nextvit, pvt, sret, t2t, tnt, vit
+from framework.weights import cct, convnext, cvt, nextvit, pvt, revcol, sret, t2t, tnt, vit
 from framework.weights.keys import Family, assemble, block_prefixes
 
-FAMILIES: list[Family] = [tnt, vit, nextvit, pvt, cvt, cct, t2t, sret]
+FAMILIES: list[Family] = [tnt, vit, nextvit, pvt, cvt, cct, t2t, sret, convnext, revcol]
 
 # What the families call their classifiers.
-HEAD = re.compile(r"(head|head_dist|proj_head|classifier\.fc|classifier\.attention_pool)\.")
+HEAD = re.compile(r"(head|head_dist|proj_head|classifier\.fc|classifier\.attention_pool|cls|cls_blocks)\.")
 
 
 def has_head(state: Mapping[str, Tensor]) -> bool:
@@ -38,8 +38,8 @@ def convert(
 
     Args:
         state: the published weights.
-        target: keys and shapes of our model, in the order of its state dict. Only those under `backbone.` and
-            `head.` count: terms of the loss are not published.
+        target: keys and shapes of our model, in the order of its state dict. Of those that are neither under
+            `backbone.` nor `head.`, terms of the loss, only published ones count.
         head: False leaves out the classifier on both sides, for another number of classes.
         shapes: False lets tensors of another shape through, for one who resizes them.
 
@@ -52,7 +52,6 @@ def convert(
         raise ConfigError(
             f"no importer knows weights with the keys {shown}, …; families: {', '.join(f.NAME for f in FAMILIES)}"
         )
-    target = {key: shape for key, shape in target.items() if key.startswith(("backbone.", "head."))}
     if not head:
         names = fitting[0].names(state, block_prefixes(target))
         state = {key: value for key, value in state.items() if not names.get(key, "").startswith("head.")}

@@ -1,6 +1,7 @@
 """What the importers share: names of places, and the step from their names to a checked state dict.
 
-An importer maps names only. A key of ours may end in `#<n>`: its tensor is then the n-th part of ours.
+An importer maps names only. A key of ours may end in `#<n>`: its tensor is then the n-th part of ours. One that ends in
+`?` serves training alone, and is left out where the model has no place for it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from framework.errors import ConfigError
 DROP = ""
 """Maps a key whose tensor no forward reads."""
 
-_BLOCK = re.compile(r"(backbone\.(?:stages\.([^.]+)\.)?(?:blocks\.\d+|entry))\.(?:(?:outer|block)\.)*mlp\.fc1\.weight")
+_BLOCK = re.compile(
+    r"(backbone\.((?:columns\.\d+\.)?stages\.[^.]+\.)?(?:blocks\.\d+|entry))\.(?:(?:outer|block)\.)*mlp\.fc1\.weight"
+)
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _SHOWN = 6
 
@@ -41,7 +44,7 @@ class Family(Protocol):
 
 
 def block_prefixes(target: Iterable[str]) -> list[list[str]]:
-    """The prefixes of a model's blocks with an MLP, stage by stage in the order of its state dict.
+    """The prefixes of a model's blocks with an MLP, stage by stage in the order of its state dict, column by column.
 
     Tokens, positions and embeddings between them, which publishers store elsewhere, are not counted.
     """
@@ -55,8 +58,10 @@ def block_prefixes(target: Iterable[str]) -> list[list[str]]:
 def rename(key: str, modules: Mapping[str, str]) -> str | None:
     """`key` with the module in front of its last dot renamed by `modules`; None where that does not know it.
 
-    A `#<n>` behind the new name goes to the end.
+    A whole key may stand in `modules` too. A `#<n>` behind the new name goes to the end.
     """
+    if key in modules:
+        return modules[key]
     module, _, leaf = key.rpartition(".")
     if leaf not in _LEAVES or module not in modules:
         return None
@@ -103,13 +108,17 @@ def assemble(
     family: Family, state: Mapping[str, Tensor], target: Mapping[str, torch.Size], shapes: bool = True
 ) -> dict[str, Tensor]:
     """The published weights `state` of `family` under the keys of `target`: every one of them, with `shapes` in its
-    shape.
+    shape. Of keys that are neither in `backbone` nor in `head`, only those that are published count.
 
     Raises:
         ConfigError: keys that the family does not know or the model has no place for, keys that are missing, or
             tensors of another shape; names them.
     """
     names = family.names(state, block_prefixes(target))
+    optional = {ours[:-1] for ours in names.values() if ours.endswith("?")}
+    target = {key: shape for key, shape in target.items() if key.startswith(("backbone.", "head.")) or key in optional}
+    names = {key: DROP if ours.endswith("?") and ours[:-1] not in target else ours.rstrip("?")
+             for key, ours in names.items()}  # fmt: skip
     unknown = [key for key in state if key not in names]
     unlike: list[str] = []
     found: dict[str, dict[int, Tensor]] = {}
