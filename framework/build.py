@@ -81,6 +81,7 @@ def compose(
     word_position: Position = NoPosition(),
     depth: int = 0,
     index: int = 0,
+    check: bool = True,
 ) -> list[list[Block]]:
     """The blocks of each section, on the current default device.
 
@@ -95,12 +96,13 @@ def compose(
         word_position: the net's position encoding between words.
         depth: number of counting blocks in the whole net where these sections are only a part of it, else 0.
         index: number of the first counting block in the whole net.
+        check: whether blocks are run on the meta device; not needed for sections that were composed before.
 
     Raises:
         BuildError: a block does not fit, or does not give what it declares; one line with the place and the fix.
     """
     with quiet_meta():
-        planned = list(_chain(sections, shape, position, word_position, [0.0], check=True))
+        planned = list(_chain(sections, shape, position, word_position, [0.0], check))
     if not depth:
         depth = sum(block.counts for _, block in planned)
     rates = linear_rates(0.0, drop_path, max(depth, 1))

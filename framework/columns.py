@@ -141,21 +141,25 @@ class Columns(Backbone):
         self.reversible = reversible
         sections = {name: _section(name, stage, blocks) for name, stage in stages.items()}
         net: dict[str, Any] = {"drop_path": drop_path, "position": position, "word_position": word_position}
+        belows = [self.stem.out]  # what each level gets from below
         with quiet_meta():
-            shapes: list[Shape] = []
             for name, stage in stages.items():
-                shapes.append(_fusion(fusion, _site(name, stage, shapes[-1] if shapes else self.stem.out), None).out)
-            planned = [compose([sections[name]], shape)[0] for name, shape in zip(stages, shapes, strict=True)]
-        depth = sum(block.counts for chain in planned for block in chain)
+                belows.append(_check_fusion(fusion, _site(name, stage, belows[-1]), None))
+            shapes = belows[1:]
+            aboves = [*shapes[1:], None]
+            depth = 0
+            for i, (name, stage) in enumerate(stages.items()):
+                _check_fusion(fusion, _site(name, stage, belows[i]), aboves[i])
+                made = compose([sections[name]], shapes[i], **net)[0]
+                _check_level(sections[name], made[-1].out, shapes[i])
+                depth += sum(block.counts for block in made)
         self.columns = nn.ModuleList()
         for number in range(columns):
             levels: dict[str, ColumnLevel] = {}
             index = 0
             for i, (name, stage) in enumerate(stages.items()):
-                above = shapes[i + 1] if number and i + 1 < len(shapes) else None
-                begin = _fusion(fusion, _site(name, stage, shapes[i - 1] if i else self.stem.out), above)
-                made = compose([sections[name]], shapes[i], depth=depth, index=index, **net)[0]
-                _check_level(sections[name], made[-1].out, shapes[i])
+                begin = fusion(_site(name, stage, belows[i]), aboves[i] if number else None)
+                made = compose([sections[name]], shapes[i], depth=depth, index=index, check=False, **net)[0]
                 index += sum(block.counts for block in made)
                 levels[name] = ColumnLevel(sections[name].names(), made, bool(stage.entry), begin)
             self.columns.append(Column(levels))
@@ -240,20 +244,18 @@ def _site(name: str, stage: Stage, below: Shape) -> Site:
     return Site(below, stage.dim, stage.stride, where=f"{WHERE}.stages.{name}.fusion")
 
 
-def _fusion(factory: FusionFactory, site: Site, above: Shape | None) -> Fusion:
-    """A level's beginning, checked on the meta device and then made."""
-    with quiet_meta():
-        try:
-            planned = factory(site, above)
-            given = [meta_features(shape).map for shape in (site.inp, above) if shape]
-            map = planned.eval()(*given)
-        except BuildError:
-            raise
-        except Exception as error:  # a block from outside may fail in any way
-            raise BuildError(f"{site.where}: cannot be built: {reason(error)}") from error
-        if map.shape[1:] != (site.dim, *planned.out.grid):
-            raise BuildError(f"{site.where}: gives a map {tuple(map.shape[1:])}, but declares {planned.out}")
-    return factory(site, above)
+def _check_fusion(factory: FusionFactory, site: Site, above: Shape | None) -> Shape:
+    """What a level's beginning gives. Raises BuildError where it cannot be made, or gives something else."""
+    try:
+        made = factory(site, above)
+        map = made.eval()(*(meta_features(shape).map for shape in (site.inp, above) if shape))
+    except BuildError:
+        raise
+    except Exception as error:  # a block from outside may fail in any way
+        raise BuildError(f"{site.where}: cannot be built: {reason(error)}") from error
+    if map.shape[1:] != (site.dim, *made.out.grid):
+        raise BuildError(f"{site.where}: gives a map {tuple(map.shape[1:])}, but its out declares {made.out}")
+    return made.out
 
 
 def _check_level(section: Section, out: Shape, want: Shape) -> None:

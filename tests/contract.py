@@ -28,6 +28,7 @@ from blocks.base import (
     tokens,
 )
 from blocks.heads import Head
+from blocks.revcol import Fusion
 from tests.settings import Case
 
 CLASSES = 5
@@ -40,6 +41,8 @@ def build(cls: type, case: Case, training: bool = False) -> Any:
         made = cls(case.site.inp.dim, **case.args)
     elif issubclass(cls, Head):
         made = cls(case.site.inp, CLASSES, **case.args)
+    elif issubclass(cls, Fusion):
+        made = cls(case.site, Shape(48, (3, 2)), **case.args)
     elif issubclass(cls, (Act, Position)):
         made = cls(**case.args)
     else:
@@ -71,6 +74,7 @@ def features(shape: Shape, batch: int = 2, dtype: torch.dtype = torch.float32, d
         map=torch.randn(batch, shape.dim, *shape.grid, **new).contiguous(memory_format=torch.channels_last),
         prefix=torch.randn(batch, shape.prefix, shape.dim, **new) if shape.prefix else None,
         words=torch.randn(batch * words.over[0] * words.over[1], words.count, words.dim, **new) if words else None,
+        extra={name: torch.randn(batch, shape.dim, *shape.grid, **new) for name in shape.extra} or None,
     )
 
 

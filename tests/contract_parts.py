@@ -21,10 +21,12 @@ from blocks.base import (
     Mixer,
     Norm,
     Position,
+    Shape,
     tokens,
 )
 from blocks.heads import Head
 from blocks.residual import Residual
+from blocks.revcol import Fusion
 from tests.contract import CLASSES, assert_channels_last, build, features, parts
 from tests.settings import IDLE, Case
 
@@ -115,7 +117,10 @@ def check_head(cls: type[Head], case: Case) -> None:
     assert set() < head.reads <= PARTS
     unread = {name: torch.full_like(v, torch.nan) for name, v in parts(given).items() if name not in head.reads}
     torch.testing.assert_close(head(given._replace(**unread)), logits, rtol=0, atol=0)
-    logits.sum().backward()
+    each = head.each(given)
+    assert len(each) == head.classifiers
+    torch.testing.assert_close(head.evaluated(each), logits)
+    torch.stack(each).sum().backward()
     assert all(p.grad is not None and (p.grad.any() or n in IDLE.get(cls, ())) for n, p in head.named_parameters())
     if "prefix" in head.reads:
         with pytest.raises(BuildError, match="prefix"):
@@ -170,6 +175,22 @@ def check_residual(cls: type[Residual], case: Case) -> None:
     assert abs(1 - kept.float().mean() - rate) < 0.08
 
 
+def check_fusion(cls: type[Fusion], case: Case) -> None:
+    """Gives the map that it declares, from the level below and, where there is one, the one above; in channels_last."""
+    fusion = build(cls, case)
+    for batch in (1, 2):
+        below, above = features(case.site.inp, batch).map, features(Shape(48, (3, 2)), batch).map
+        out = fusion(below, above)
+        assert out.shape == (batch, fusion.out.dim, *fusion.out.grid)
+        assert fusion.out.dim == case.site.dim
+        assert_channels_last(out)
+        assert not torch.allclose(out, fusion(below))
+    check_module(fusion, below, above)
+    first = cls(case.site, None, **case.args)
+    assert {name.partition(".")[0] for name, _ in first.named_parameters()} <= {"down"}
+    assert first(below).shape == out.shape
+
+
 PART_CHECKS: dict[type, Callable[[Any, Case], None]] = {
     Mixer: check_mixer,
     FeedForward: check_feed_forward,
@@ -179,4 +200,5 @@ PART_CHECKS: dict[type, Callable[[Any, Case], None]] = {
     Head: check_head,
     Position: check_position,
     Residual: check_residual,
+    Fusion: check_fusion,
 }

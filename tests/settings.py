@@ -17,6 +17,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from blocks.attention import Attention
 from blocks.base import Act, Block, FeedForward, Gate, Mixer, NoPosition, Norm, Position, Site, Words
 from blocks.cct import CompactPatchStem, ConvTokenizer, SeqPoolHead
+from blocks.convnext import ConvNeXt
 from blocks.cvt import ConvAttention
 from blocks.gates import SE, NoGate, SigmoidGate, TanhGate
 from blocks.heads import AveragePoolHead, ClassTokenHead, DistilledHead, Head
@@ -34,6 +35,7 @@ from blocks.positions import (
 )
 from blocks.pvt import ReducedAttention
 from blocks.residual import LearnedResidual, Residual
+from blocks.revcol import QUARTERS, Fusion, QuarterHead
 from blocks.sret import NLL, SlicedAttention
 from blocks.stems import ConvStem, PatchStem
 from blocks.structure import AddPosition, ClassToken, ConvEmbed, FromModule, Identity, MakeWords, Merge, Recursive
@@ -41,7 +43,7 @@ from blocks.t2t import PerformerAttention, PerformerToken, SoftSplit, TokensToTo
 from blocks.tnt import TNT, SentenceStem
 from blocks.transformer import Encoder
 
-SLOTS: tuple[type, ...] = (Block, Mixer, FeedForward, Norm, Gate, Act, Head, Position, Residual)
+SLOTS: tuple[type, ...] = (Block, Mixer, FeedForward, Norm, Gate, Act, Head, Position, Residual, Fusion)
 
 GRID = (6, 4)
 WORDS = Words(8, (2, 2), over=GRID)
@@ -77,6 +79,7 @@ MAP = at()
 ONE, TWO = at(prefix=1), at(prefix=2)
 IMAGES = at(3, (32, 48), dim=32)
 NOTHING = rows(("default", MAP, {}))
+QUARTERED = replace(MAP, inp=replace(MAP.inp, extra=QUARTERS))
 HEADS = partial(Attention, heads=4)
 SCALED = partial(Residual, layer_scale=0.1)
 GATED = partial(Residual, gate=TanhGate)
@@ -125,6 +128,12 @@ TABLE: dict[type, list[Case]] = {
         ("stride", at(32, (7, 5), stride=2, dim=64), {"shrink": 0.5}),
         ("bias", at(dim=64, position=RelativeBias()), {"shrink": 0.5, "norm": LayerNorm, "act": GELU}),
         ("rope", at(64, drop_path=0.3, position=RoPE()), {"shrink": 0.5, "head_dim": 16}),
+        passes="words prefix",
+    ),
+    ConvNeXt: rows(
+        ("plain", MAP, {}),
+        ("scaled", at(drop_path=0.3), {"kernel": 3, "mlp": partial(Mlp, ratio=1), "residual": SCALED}),
+        ("batchnorm", MAP, {"norm": BatchNorm, "residual": GATED}),
         passes="words prefix",
     ),
     SE: rows(("map", MAP, {}), ("prefix", TWO, {"gate": TanhGate})),
@@ -222,6 +231,7 @@ TABLE: dict[type, list[Case]] = {
         ("overlap", at(32, (7, 5), stride=2, dim=64), {"kernel": 3}),
         ("padding", at(32, (12, 9), stride=4, dim=64), {"kernel": 7, "padding": 2, "norm": LayerNorm}),
         ("depthwise", at(stride=2, dim=64), {"kernel": 3, "depthwise": True, "norm": NoNorm}),
+        ("before", at(stride=2, dim=64), {"before": LayerNorm, "norm": NoNorm}),
     ),
     Recursive: [
         *rows(
@@ -295,6 +305,7 @@ TABLE: dict[type, list[Case]] = {
     AveragePoolHead: rows(("plain", MAP, {}), ("prefix", ONE, {}), ("norm", MAP, {"norm": LayerNorm, "drop": 0.1})),
     SeqPoolHead: rows(("plain", MAP, {}), ("prefix", ONE, {})),
     DistilledHead: rows(("plain", TWO, {})),
+    QuarterHead: rows(("plain", QUARTERED, {}), ("norm", QUARTERED, {"norm": LayerNorm, "drop": 0.1})),
     # positions
     NoPosition: NOTHING,
     NetPosition: NOTHING,
@@ -310,6 +321,12 @@ TABLE: dict[type, list[Case]] = {
         ("all", at(drop_path=0.3), {"scale": 0.5, "layer_scale": 0.1, "gate": TanhGate}),
     ),
     LearnedResidual: rows(("plain", MAP, {}), ("drop_path", at(drop_path=0.3), {})),
+    # what joins levels of columns
+    Fusion: rows(
+        ("plain", MAP, {}),
+        ("down", at(stride=2, dim=64), {"norm": BatchNorm}),
+        ("odd", at(32, (7, 5), stride=2, dim=64), {"down": partial(ConvEmbed, kernel=3)}),
+    ),
 }
 
 UNPUBLISHED = {Identity, MakeWords, FromModule}

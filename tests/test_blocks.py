@@ -38,6 +38,7 @@ from blocks.heads import Head
 from blocks.nextvit import EMHSA, NCB, NTB
 from blocks.positions import RoPE
 from blocks.registry import usable
+from blocks.revcol import Fusion
 from blocks.stems import ConvStem, PatchStem
 from blocks.structure import ClassToken, ConvEmbed, FromModule, MakeWords, Merge
 from blocks.tnt import TNT, SentenceStem
@@ -114,7 +115,7 @@ def test_class_names_are_unique() -> None:
 
 def constructor_parameters(cls: type) -> list[str]:
     """What a config gives: all but what the parent gives by position."""
-    by_position = 2 if issubclass(cls, Head) else 0 if issubclass(cls, (Act, Position)) else 1
+    by_position = 2 if issubclass(cls, (Head, Fusion)) else 0 if issubclass(cls, (Act, Position)) else 1
     given = list(inspect.signature(cls).parameters.values())[by_position:]
     return [parameter.name for parameter in given if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
