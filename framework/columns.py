@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -72,11 +72,9 @@ class Column(nn.Module):
     def levels(self) -> list[ColumnLevel]:
         return [cast(ColumnLevel, level) for level in self.stages.values()]
 
-    def forward(self, stem: Tensor, old: Maps | None, before: Callable[[], None] = lambda: None) -> Maps:
-        """`before` is called before each level."""
+    def forward(self, stem: Tensor, old: Maps | None) -> Maps:
         new: list[Tensor] = []
         for i, level in enumerate(self.levels):
-            before()
             above = old[i + 1] if old and i + 1 < len(old) else None
             new.append(level.add(level.branch(new[-1] if new else stem, above), old[i] if old else None))
         return tuple(new)
@@ -211,24 +209,24 @@ class Columns(Backbone):
                 for level in column.levels:
                     # as released: the weight itself; not a change that earlier passes' gradients would notice
                     level.alpha.data.copy_(floored(level.alpha.data))
-        run = Reversible(columns, features.map) if self._reverses(features.map) else None
+        dtype = columns[0].levels[0].alpha.dtype
+        run = Reversible(columns, features.map, dtype) if self._reverses(features.map, dtype) else None
         maps: Maps | None = None
         extra = {}
         for number, column in enumerate(columns):
             maps = run.run(number, features.map, maps) if run else column(features.map, maps)
             if number in self.quarters:
-                extra[self.quarters[number]] = maps[-1]
+                extra[self.quarters[number]] = maps[-1].to(dtype) if run else maps[-1]
         assert maps is not None
-        return features, maps, extra
+        return features, tuple(map.to(dtype) for map in maps) if run else maps, extra
 
-    def _reverses(self, stem: Tensor) -> bool:
+    def _reverses(self, stem: Tensor, dtype: torch.dtype) -> bool:
         if not (self.reversible and self.training and torch.is_grad_enabled()):
             return False
         if torch.compiler.is_compiling() or stem.is_meta:
             return False
-        alpha = self._columns()[0].levels[0].alpha
         # FSDP2 puts whole weights in the place of sharded ones, and only while their module runs.
-        return alpha.dtype in (torch.float32, torch.float64) and not type(self).__name__.startswith("FSDP")
+        return dtype in (torch.float32, torch.float64) and not type(self).__name__.startswith("FSDP")
 
 
 def _section(name: str, stage: Stage, blocks: dict[str, BlockFactory]) -> Section:

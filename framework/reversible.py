@@ -2,6 +2,9 @@
 
 A column gives `new_i = f_i(new_(i−1), old_(i+1)) + α_i · old_i`, so `old_i = (new_i − f_i(…)) / α_i`, from the last
 level to the first. What is kept is the last column's maps, whatever the number of columns.
+
+Each column back multiplies what rounding has left: at α = 0.5 by about 3.6, so that 16 columns in float32 would leave
+gradients a third of their norm off. The sums are float64 therefore, the levels themselves as in a plain pass.
 """
 
 from __future__ import annotations
@@ -64,10 +67,13 @@ class Reversible:
     Args:
         columns: in order.
         stem: the map that feeds the first level of each.
+        dtype: of the maps that levels get.
     """
 
-    def __init__(self, columns: Sequence[Column], stem: Tensor) -> None:
+    def __init__(self, columns: Sequence[Column], stem: Tensor, dtype: torch.dtype) -> None:
         self.columns = columns
+        self.dtype = dtype
+        self.wide = dtype if stem.device.type == "mps" else torch.float64
         self.stem = Kept(stem)
         self.draws: list[list[Draws]] = []
         self.last: list[Kept] = []
@@ -76,7 +82,7 @@ class Reversible:
         self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
 
     def run(self, number: int, stem: Tensor, old: Maps | None) -> Maps:
-        """The maps of a column, from those of the one before it."""
+        """The maps of a column, in `wide`, from those of the one before it."""
         column = self.columns[number]
         trained = [parameter for parameter in column.parameters() if parameter.requires_grad]
         given = old or (None,) * len(column.levels)
@@ -86,11 +92,17 @@ class Reversible:
         return made
 
     def forward(self, number: int, stem: Tensor, old: Maps | None) -> Maps:
-        column, draws = self.columns[number], []
+        draws: list[Draws] = []
+        new: list[Tensor] = []
         with self.precision():
-            made = column(stem, old, before=lambda: draws.append(Draws.now(stem)))
+            for i, level in enumerate(self.columns[number].levels):
+                draws.append(Draws.now(stem))
+                below = new[-1].to(self.dtype) if new else stem
+                above = [old[i + 1].to(self.dtype)] if old and i + 1 < len(old) else []
+                made = level.branch(below, *above)
+                new.append(level.add(made.to(self.wide), old[i] if old else None))
         self.draws.append(draws)
-        return made
+        return tuple(new)
 
     def precision(self) -> torch.autocast:
         """Autocast as in the forward pass, without its cache: copies of weights made here have no gradients."""
@@ -140,8 +152,8 @@ class _Undo:
 
     def _level(self, i: int, level: ColumnLevel, above: Tensor | None, grad: Tensor | None) -> Tensor | None:
         """The old map of level i; its inputs and parameters get their gradients."""
-        maps = [(self.new[i - 1] if i else self.run.stem.get()).detach()]
-        maps += [] if above is None else [above.detach()]
+        maps = [(self.new[i - 1].to(self.run.dtype) if i else self.run.stem.get()).detach()]
+        maps += [] if above is None else [above.to(self.run.dtype).detach()]
         kept = [(buffer, buffer.clone()) for buffer in level.buffers()]
         with self.run.draws[self.number][i].again(self.run.kind):
             with torch.set_grad_enabled(grad is not None), self.run.precision():
@@ -198,4 +210,5 @@ class _Run(torch.autograd.Function):
         run, number = ctx.run, ctx.number
         undone = _Undo(run, number, run.maps(number), grads)
         run.now = (number - 1, undone.old) if number else None
-        return None, None, undone.stem_grad, *undone.old_grads, *(undone.grads.get(key) for key in ctx.trained)
+        olds = (None if grad is None else grad.to(run.wide) for grad in undone.old_grads)
+        return None, None, undone.stem_grad, *olds, *(undone.grads.get(key) for key in ctx.trained)
