@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocks.base import Act, ActFactory, FeedForward, Grid, Site, linear
-from blocks.kernels.linear import Linear, eager, in_pieces, recomputable, unhooked
+from blocks.kernels.linear import Linear, eager, in_pieces, linear_gelu, recomputable, unhooked
 
 
 class GELU(Act):
@@ -94,9 +94,14 @@ class Mlp(FeedForward):
     def behind(self, first: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The MLP with `first` for its first layer."""
         plain = type(self.fc1) is type(self.fc2) is Linear and unhooked(*self.children())
-        if plain and type(self.act) in ELEMENTWISE:
-            return in_pieces(lambda x: self._rest(first(x)), x, self.fc1.out_features)
-        return self._rest(first(x))
+        if not plain or type(self.act) not in ELEMENTWISE:
+            return self._rest(first(x))
+        one = first is self.fc1 and type(self.act) is GELU
+        return in_pieces(lambda x: self._piece(first, x, one), x, self.fc1.out_features)
+
+    def _piece(self, first: Callable[[Tensor], Tensor], x: Tensor, one: bool) -> Tensor:
+        hidden = linear_gelu(x, self.fc1.weight, self.fc1.bias) if one else None
+        return self._rest(first(x)) if hidden is None else self.drop(self.fc2(self.drop(hidden)))
 
     def _rest(self, hidden: Tensor) -> Tensor:
         overwrite = type(self.act) is ReLU and type(self.fc1) is Linear and unhooked(self.fc1, self.act)

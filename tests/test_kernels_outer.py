@@ -397,8 +397,8 @@ def test_a_hook_sees_what_was_there() -> None:
 def test_mlp_in_pieces(monkeypatch: pytest.MonkeyPatch, act: type) -> None:
     mlp, x = Mlp(Site.at(8, 4), act=act), draw(30, 16, 8)
     pieces: list[int] = []
-    run = Mlp._rest
-    monkeypatch.setattr(Mlp, "_rest", lambda self, hidden: pieces.append(hidden.shape[0]) or run(self, hidden))
+    run = Mlp._piece
+    monkeypatch.setattr(Mlp, "_piece", lambda self, first, x, one: pieces.append(len(x)) or run(self, first, x, one))
     whole = mlp(x, (4, 4))
     monkeypatch.setattr(kernels, "LARGE", 0)
     monkeypatch.setattr(onednn, "ROWS", 100)
@@ -406,6 +406,28 @@ def test_mlp_in_pieces(monkeypatch: pytest.MonkeyPatch, act: type) -> None:
         got = mlp(x, (4, 4))
     torch.testing.assert_close(got, whole)
     assert pieces == [30, 100, 100, 100, 100, 80]
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_in_the_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients an MLP's GELU is part of the product in front of it; not where somebody looks between."""
+    torch.manual_seed(0)
+    mlp, x = Mlp(Site.at(24, 4)), draw(5, 16, 24)
+    exact = copy.deepcopy(mlp).double()(x.double(), (4, 4))
+    calls, forward_gelu, low = [], onednn.forward_gelu, onednn.multiplies_bfloat16()
+    monkeypatch.setattr(onednn, "faster", lambda flops: True)
+    monkeypatch.setattr(onednn, "forward_gelu", lambda *args: calls.append(args[0].dtype) or forward_gelu(*args))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        got = mlp(x, (4, 4))
+        assert calls == ([dtype] if dtype is torch.float32 or low else [])
+        theirs = F.linear(F.gelu(F.linear(x, mlp.fc1.weight, mlp.fc1.bias)), mlp.fc2.weight, mlp.fc2.bias)
+        assert got.dtype == theirs.dtype
+        assert error(got, exact) < 1.2 * error(theirs, exact) + 1e-7
+        calls.clear()
+        mlp.fc1.register_forward_hook(lambda *args: None)
+        torch.testing.assert_close(mlp(x, (4, 4)), theirs)
+        assert not calls
 
 
 def test_folding_knows_its_norm() -> None:

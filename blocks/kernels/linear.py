@@ -94,6 +94,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """`F.gelu(F.linear(x, weight, bias))` in one product, without gradients; None where that is not possible."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not eager(x, weight, bias):
+        return None
+    flops = 2.0 * x.numel() * weight.shape[0]
+    cast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
+    if flops <= onednn.FLOOR or x.dtype not in DTYPES or not (cast or x.dtype is weight.dtype):
+        return None
+    if not (
+        onednn.multiplies_bfloat16() if dtype is torch.bfloat16 else dtype is torch.float32 and onednn.faster(flops)
+    ):
+        return None
+    return onednn.forward_gelu(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
 def in_pieces(make: Callable[[Tensor], Tensor], x: Tensor, hidden: int) -> Tensor:
     """`make(x)`, which works on each token alone and has `hidden` numbers for it in between.
 

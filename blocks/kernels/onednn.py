@@ -40,6 +40,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) 
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
 
 
+def forward_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.gelu(F.linear(x, weight, bias))`, in float32 or bfloat16."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+
+
 def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
     """`grad @ weight`, the gradient of a Linear's input."""
     return forward(grad, weight.t(), None)
@@ -88,21 +93,29 @@ def _smallest() -> float:
     return float("inf") if smallest is None else smallest
 
 
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether torch's own bfloat16 products are oneDNN's."""
+    return _works() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _works() -> bool:
     """Whether torch has the operators, they are not switched off, and what they compute is right."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     x, weight, bias, grad = _draw(7, 3, 20).transpose(0, 1), _draw(24, 20)[4:20], _draw(16), _draw(21, 16)
     try:
-        pairs = [
-            (forward(x, weight, bias), F.linear(x, weight, bias)),
-            (forward(x[:, :2], weight, None), F.linear(x[:, :2], weight)),
-            (forward(x[:0], weight, bias, relu=True), F.linear(x[:0], weight, bias)),
-            (forward(x, weight, bias, relu=True), F.linear(x, weight, bias).relu()),
-            (grad_input(grad, weight), grad @ weight),
-            (grad_weight(grad, x.reshape(21, 20)), grad.t() @ x.reshape(21, 20)),
-            (grad_weight(grad, x.reshape(21, 20)[:, :4]), grad.t() @ x.reshape(21, 20)[:, :4]),
-        ]
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            pairs = [
+                (forward(x, weight, bias), F.linear(x, weight, bias)),
+                (forward(x[:, :2], weight, None), F.linear(x[:, :2], weight)),
+                (forward(x[:0], weight, bias, relu=True), F.linear(x[:0], weight, bias)),
+                (forward(x, weight, bias, relu=True), F.linear(x, weight, bias).relu()),
+                (forward_gelu(x, weight, bias), F.gelu(F.linear(x, weight, bias))),
+                (grad_input(grad, weight), grad @ weight),
+                (grad_weight(grad, x.reshape(21, 20)), grad.t() @ x.reshape(21, 20)),
+                (grad_weight(grad, x.reshape(21, 20)[:, :4]), grad.t() @ x.reshape(21, 20)[:, :4]),
+            ]
     except (AttributeError, RuntimeError):
         return False
     return all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-4) for a, b in pairs)
