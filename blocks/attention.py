@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from blocks.base import GateFactory, Grid, Mixer, Position, ScorePosition, Shape, Site, linear
 from blocks.gates import NoGate
-from blocks.kernels.attention import attend
+from blocks.kernels.attention import attend, attend_joined
 from blocks.kernels.linear import linear as fast_linear
 from blocks.positions import NetPosition
 
@@ -77,8 +77,12 @@ class Attention(Mixer):
 
     def forward(self, x: Tensor, grid: Grid, rows: int | None = None) -> Tensor:
         b, n, c = x.shape
+        drop = self.attn_drop if self.training else 0.0
         if rows is None:
-            q, k, v = self.qkv(x).view(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+            qkv = self.qkv(x).view(b, n, 3, self.heads, self.head_dim)
+            if type(self.position) is ScorePosition and not drop:
+                return self._out(attend_joined(qkv))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
             q = self.position.rotate(q, grid)
         else:
             # Only prefix rows are wanted, which no encoding turns; keys and values are needed of every token.
@@ -90,6 +94,8 @@ class Attention(Mixer):
         bias = self.position.bias(grid)
         if bias is not None:
             bias = bias[:, :, : q.shape[2]].to(q.dtype)
-        drop = self.attn_drop if self.training else 0.0
-        y = attend(q, self.position.rotate(k, grid), v, bias, drop)
-        return self.proj_drop(self.gate(self.proj(y.transpose(1, 2).reshape(b, -1, c))))
+        return self._out(attend(q, self.position.rotate(k, grid), v, bias, drop))
+
+    def _out(self, y: Tensor) -> Tensor:
+        """What the heads found, `(B, heads, N, d)`, as tokens."""
+        return self.proj_drop(self.gate(self.proj(y.transpose(1, 2).flatten(2))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from blocks.attention import Attention
@@ -34,3 +35,26 @@ def worst(got: Tensor | None, want: Tensor | None) -> float:
     assert want is not None
     assert got.shape == want.shape
     return ((got.double() - want).abs().max() / want.abs().max()).item()
+
+
+def draw(*shape: int, **kind: Any) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), **kind)
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+def saved_bytes(act: Any, parameters: list[nn.Parameter]) -> int:
+    """Bytes that `act()` keeps for the backward pass, without parameters."""
+    own, found = {p.untyped_storage().data_ptr() for p in parameters}, {}
+
+    def pack(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in own:
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = act()
+    assert result.requires_grad
+    return sum(storage.nbytes() for storage in found.values())

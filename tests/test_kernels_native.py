@@ -13,7 +13,7 @@ import torch
 from blocks.kernels import inner, native
 from tests.kernels import encoder
 
-CAPABILITY = torch.backends.cpu.get_cpu_capability()
+CAPABILITY = native.capability()
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler, or a processor without a kernel")
 
 
@@ -71,7 +71,7 @@ def test_the_key_changes_with_source_and_flags(tmp_path: Path, monkeypatch: pyte
     shutil.copytree(native.SOURCES, sources)
     monkeypatch.setattr(native, "SOURCES", sources)
     calls = compiler(tmp_path, monkeypatch, f"cp {built()} $out")
-    for change in (lambda: None, lambda: (sources / "inner_run.h").write_text("//"),
+    for change in (lambda: None, lambda: (sources / "vector.h").write_text("//"),
                    lambda: monkeypatch.setattr(native, "FLAGS", ["-O1"])):  # fmt: skip
         change()
         native.load(CAPABILITY, tmp_path / "cache")
@@ -105,7 +105,7 @@ def test_without_a_library_the_encoder_runs(
         native.library.cache_clear()
     lines = [line for line in capsys.readouterr().err.splitlines() if "building" not in line]
     assert len(lines) == 1
-    assert lines[0].startswith("no CPU kernel for the words of TNT")
+    assert lines[0].startswith("no CPU kernels for attention and the words of TNT")
     assert re.search(says, lines[0])
 
 

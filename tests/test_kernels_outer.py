@@ -1,4 +1,4 @@
-"""Faster forms of Linear, attention, MLP and folded norms against torch's own, in float64 where that says more."""
+"""Faster forms of Linear, MLP and folded norms against torch's own, in float64 where that says more."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from blocks.attention import Attention
 from blocks.base import Site, linear
-from blocks.kernels import attention, folded, onednn
+from blocks.kernels import folded, native, onednn
 from blocks.kernels import linear as kernels
 from blocks.mlp import GELU, Mlp, ReLU
 from blocks.nextvit import NCB, NTB, Downsample
 from blocks.norms import BatchNorm, LayerNorm
 from blocks.stems import ConvStem
 from tests.contract import features, randomise
+from tests.kernels import draw, error, saved_bytes
 
 needs_onednn = pytest.mark.skipif(not onednn._works(), reason="torch has no oneDNN here")
 
@@ -31,35 +31,13 @@ needs_onednn = pytest.mark.skipif(not onednn._works(), reason="torch has no oneD
 @pytest.fixture(autouse=True)
 def always(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """The faster forms for small tensors too, without a look at the clock and at the user's cache folder."""
+    native.library()  # from the cache that is there
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(onednn, "FLOOR", 0.0)
     monkeypatch.setattr(onednn, "faster", lambda flops: onednn._works())
     onednn._smallest.cache_clear()
     yield
     onednn._smallest.cache_clear()
-
-
-def draw(*shape: int, **kind: Any) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), **kind)
-
-
-def error(got: Tensor, exact: Tensor) -> float:
-    return ((got.double() - exact).norm() / exact.norm()).item()
-
-
-def saved_bytes(act: Any, parameters: list[nn.Parameter]) -> int:
-    """Bytes that `act()` keeps for the backward pass, without parameters."""
-    own, found = {p.untyped_storage().data_ptr() for p in parameters}, {}
-
-    def pack(x: Tensor) -> Tensor:
-        if x.untyped_storage().data_ptr() not in own:
-            found[x.untyped_storage().data_ptr()] = x.untyped_storage()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = act()
-    assert result.requires_grad
-    return sum(storage.nbytes() for storage in found.values())
 
 
 # ---- oneDNN
@@ -270,61 +248,6 @@ def test_nobody_else_sees_private_operators() -> None:
     assert chain.to("meta")(x.double().to("meta")).is_meta
     mapped = torch.func.vmap(chain.float().to_empty(device="cpu").fc1)(x)
     assert mapped.shape == (4, 96)
-
-
-# ---- attention
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n", "m", "d"), [(5, 5, 6), (70, 70, 32), (1, 70, 32), (12, 3, 16)])
-def test_attention_equals_float64(dtype: torch.dtype, n: int, m: int, d: int) -> None:
-    parts = [draw(2, length, 3, d).transpose(1, 2).to(dtype).requires_grad_() for length in (n, m, m + 1)]
-    parts[2] = parts[2].detach()[:, :, :m].requires_grad_()
-    exact = [p.detach().double().requires_grad_() for p in parts]
-    grad = draw(2, 3, n, d)
-    out, want = attention.attend(*parts), F.scaled_dot_product_attention(*exact)
-    assert out.dtype == dtype
-    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
-    assert error(out, want) < tolerance
-    got = torch.autograd.grad(out, parts, grad.to(dtype))
-    for a, b in zip(got, torch.autograd.grad(want, exact, grad.double()), strict=True):
-        assert error(a, b) < tolerance
-    with torch.no_grad():
-        torch.testing.assert_close(attention.attend(*parts), out)
-
-
-def test_attention_with_bias_and_drop() -> None:
-    q, k, v = (draw(2, 3, 9, 8 * i)[..., :8].bfloat16() for i in (1, 2, 3))
-    bias = draw(1, 3, 9, 9)
-    want = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=bias)
-    assert error(attention.attend(q, k, v, bias), want.double()) < 2e-2
-    torch.manual_seed(0)
-    mean = torch.stack([attention.attend(q, k, v, drop=0.5).float() for _ in range(400)]).mean(0)
-    assert error(mean, F.scaled_dot_product_attention(q.float(), k.float(), v.float()).double()) < 0.1
-
-
-def test_attention_keeps_what_is_smaller() -> None:
-    """Long sequences: queries, keys and values alone; short ones: the weights too."""
-    for n, weights in ((70, 0), (20, 2 * 3 * 20 * 20 * 2)):
-        q, k, v = draw(2, n, 3, 3, 32).bfloat16().requires_grad_().permute(2, 0, 3, 1, 4).unbind(0)
-        assert saved_bytes(lambda q=q, k=k, v=v: attention.attend(q, k, v), []) == 2 * n * 9 * 32 * 2 + weights
-
-
-def test_attention_twice_differentiated() -> None:
-    q, k, v = (draw(1, 2, 5, 8 + i)[..., :8].requires_grad_() for i in range(3))
-    (first,) = torch.autograd.grad(attention.attend(q, k, v).square().sum(), q, create_graph=True)
-    got = torch.autograd.grad(first.square().sum(), [q, k, v])
-    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
-    exact = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1) @ v
-    (first,) = torch.autograd.grad(exact.square().sum(), q, create_graph=True)
-    for a, b in zip(got, torch.autograd.grad(first.square().sum(), [q, k, v]), strict=True):
-        assert error(a, b) < 1e-5
-
-
-def test_exported_attention_is_torch_s() -> None:
-    block = Attention(Site.at(32, 4), heads=4).eval()
-    program = torch.export.export(block, (draw(2, 16, 32), (4, 4)))
-    assert [node for node in program.graph.nodes if "scaled_dot_product_attention" in str(node.target)]
 
 
 # ---- folded norms, ReLU in place, pieces

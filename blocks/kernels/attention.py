@@ -6,24 +6,37 @@ with heads of 16 channels or fewer on short sequences in training. There it is m
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blocks.kernels.linear import eager, recorded
+from blocks.kernels import native
+from blocks.kernels.linear import DTYPES, eager, recorded
 
 # In float32, heads this narrow on sequences this short train faster without torch's kernel.
 NARROW, SHORT = 16, 64
+
+
+# What the kernel holds in the processor's cache: longer sequences and wider heads are torch's.
+MOST_KEYS, MOST_CHANNELS = 1024, 256
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, drop: float = 0.0) -> Tensor:
     """`dropout(softmax(q kᵀ/√d + bias)) v` of `(B, heads, N, d)` queries and `(B, heads, M, d)` keys and values."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
     low = dtype is torch.bfloat16 and q.dtype is not torch.float64
+    if low:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if bias is None and not drop and q.dtype is dtype and serves(q, k, v):
+        if training:
+            return _Fused.apply(*(x.transpose(1, 2).unsqueeze(2) for x in (q, k, v))).transpose(1, 2)
+        return fused(q, k, v)[0].transpose(1, 2)
     narrow = dtype is torch.float32 and q.shape[-1] <= NARROW and k.shape[-2] <= SHORT and bias is None and not drop
-    training = torch.is_grad_enabled() and q.requires_grad
     if not (q.is_cpu and (low or (narrow and training))) or recorded():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -32,6 +45,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, drop: fl
     if training and eager(q, k, v):
         return _Attention.apply(q, k, v)
     return _multiplied(q, k, v)[0]
+
+
+def attend_joined(qkv: Tensor) -> Tensor:
+    """`attend` over `(B, N, 3, heads, d)`, whose gradient then comes in one piece."""
+    q, k, v = split([qkv])
+    wanted = torch.is_grad_enabled() and qkv.requires_grad
+    if (
+        wanted
+        and (not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") is qkv.dtype)
+        and serves(q, k, v)
+    ):
+        return _Fused.apply(qkv).transpose(1, 2)
+    return attend(q, k, v)
 
 
 def _spelled_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, drop: float = 0.0) -> Tensor:
@@ -79,3 +105,90 @@ class _Attention(torch.autograd.Function):
         dq = torch.baddbmm(none, ds, k, beta=0, alpha=scale)
         dk = torch.baddbmm(none, ds.transpose(1, 2), q, beta=0, alpha=scale)
         return tuple(part.view(x.shape) for part, x in zip((dq, dk, dv), inputs, strict=True))
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [
+        ("batch", ctypes.c_int64), ("heads", ctypes.c_int64), ("queries", ctypes.c_int32), ("keys", ctypes.c_int32),
+        ("d", ctypes.c_int32), ("threads", ctypes.c_int32), ("scale", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class Rows(ctypes.Structure):
+    """Where the rows of a tensor `(B, heads, N, d)` lie."""
+
+    _fields_ = [("at", ctypes.c_void_p), ("batch", ctypes.c_int64), ("token", ctypes.c_int64), ("head", ctypes.c_int64)]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Rows:
+        return cls(x.data_ptr(), x.stride(0), x.stride(2), x.stride(1))
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel computes attention over these."""
+    if not eager(q, k, v) or not (q.dtype is k.dtype is v.dtype) or q.dtype not in DTYPES:
+        return False
+    low = q.dtype is torch.bfloat16
+    if k.shape != v.shape or k.shape[2] > MOST_KEYS or k.shape[3] > MOST_CHANNELS or not (q.numel() and k.numel()):
+        return False
+    if not all(reads(x) for x in (q, k, v)):
+        return False
+    library = native.library()
+    return library is not None and (not low or hasattr(library, "attention_forward_bf16"))
+
+
+def reads(x: Tensor) -> bool:
+    """Whether the rows of a tensor are whole, and two numbers of bfloat16 lie in one word."""
+    whole = x.stride(3) == 1
+    if x.dtype is not torch.bfloat16:
+        return whole
+    return whole and x.shape[3] % 2 == x.data_ptr() % 4 == 0 and all(step % 2 == 0 for step in x.stride()[:3])
+
+
+def call(name: str, parts: Sequence[Tensor], kept: Tensor) -> None:
+    """Calls a function of `attention.cpp`: `parts` are its tensors `(B, heads, N, d)`."""
+    library = native.library()
+    assert library is not None
+    q, k = parts[:2]
+    threads, scale = torch.get_num_threads(), q.shape[3] ** -0.5
+    shape = Shape(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3], threads, scale)
+    rows = (Rows * len(parts))(*(Rows.of(x) for x in parts))
+    name += "_bf16" if q.dtype is torch.bfloat16 else ""
+    if getattr(library, name)(ctypes.byref(shape), rows, ctypes.c_void_p(kept.data_ptr()), native.threads()):
+        raise MemoryError(f"no memory for {name}")
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The result, `(B, N, heads, d)` in memory, and what the backward pass wants of the softmax."""
+    b, heads, n, d = q.shape
+    out, kept = q.new_empty(b, n, heads, d), q.new_empty(b, heads, n, 2, dtype=torch.float32)
+    call("attention_forward", (q, k, v, out.transpose(1, 2)), kept)
+    return out, kept
+
+
+def split(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Queries, keys and values, `(B, heads, N, d)`, of tensors `(B, N, one or more of them, heads, d)`."""
+    q, k, v = (x.transpose(1, 2) for part in parts for x in part.unbind(2))
+    return q, k, v
+
+
+class _Fused(torch.autograd.Function):
+    """Keeps queries, keys and values, and two numbers for each row of the softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        out, kept = fused(*split(parts))
+        ctx.save_for_backward(kept, *parts)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        kept, *parts = ctx.saved_tensors  # once: checkpointing gives them one time only
+        grad = grad.transpose(1, 2)
+        if torch.is_grad_enabled():  # these gradients will be differentiated in turn
+            with torch.autocast("cpu", enabled=False):
+                return torch.autograd.grad(_multiplied(*split(parts))[0], parts, grad, create_graph=True)
+        grads = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
+        grad = grad if reads(grad) else grad.contiguous()
+        call("attention_backward", (*split(parts), grad, *split(grads)), kept)
+        return tuple(grads)

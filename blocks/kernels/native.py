@@ -24,9 +24,10 @@ import torch
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread"]
 # What PyTorch calls the instructions that a processor has, and the environment has not forbidden.
+AVX512 = ["-DLANES=16", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {
-    "AVX512": ["-DLANES=16", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma",
-               "-mprefer-vector-width=512"],
+    "AVX512": AVX512,
+    "AVX512_BF16": [*AVX512, "-mavx512bf16"],
     "AVX2": ["-DLANES=8", "-mavx2", "-mfma"],
 }  # fmt: skip
 
@@ -40,14 +41,22 @@ def library() -> ctypes.CDLL | None:
     """The library for this processor, built where it is missing; None, and one line on stderr, where that fails."""
     if sys.platform == "win32" or platform.machine().lower() not in ("x86_64", "amd64"):
         return None
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in INSTRUCTIONS:
+    if capability() not in INSTRUCTIONS:
         return None
     try:
-        return load(capability, cache_folder())
+        return load(capability(), cache_folder())
     except NoKernel as reason:
-        print(f"no CPU kernel for the words of TNT, which run in plain PyTorch: {reason}", file=sys.stderr)
+        print(
+            f"no CPU kernels for attention and the words of TNT, which run in plain PyTorch: {reason}", file=sys.stderr
+        )
         return None
+
+
+def capability() -> str:
+    """What torch calls the processor, and whether it multiplies bfloat16 too."""
+    found = torch.backends.cpu.get_cpu_capability()
+    multiplies = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "AVX512_BF16" if found == "AVX512" and multiplies() else found
 
 
 def cache_folder() -> Path:
@@ -90,8 +99,8 @@ def build(capability: str, target: Path) -> None:
         raise NoKernel("there is no C++ compiler (c++, g++ or clang++); install one to run them several times as fast")
     print("building the CPU kernels, once on this machine …", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
-        command = [*compiler, *FLAGS, *INSTRUCTIONS[capability], str(SOURCES / "inner.cpp"), "-o", str(made)]
+        made, sources = Path(folder) / target.name, map(str, sorted(SOURCES.glob("*.cpp")))
+        command = [*compiler, *FLAGS, *INSTRUCTIONS[capability], *sources, "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit {done.returncode}"]

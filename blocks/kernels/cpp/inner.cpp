@@ -10,103 +10,17 @@
 //               queries; gradients are unfolded at the end (Packed, Grads).
 //     gradients of weights are dot products over lanes, taken over CHUNK tiles at a time.
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
-#include <thread>
-#include <vector>
+#include "vector.h"
 
 namespace {
 
-#if LANES == 16
-using V = __m512;
-constexpr int WIDE = 12;  // rows of a product that are held in registers at a time, for two vectors
-inline V set(float a) { return _mm512_set1_ps(a); }
-inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-inline V max(V a, V b) { return _mm512_max_ps(a, b); }  // gives b where one is NaN
-inline V min(V a, V b) { return _mm512_min_ps(a, b); }
-inline V root(V a) { return _mm512_sqrt_ps(a); }
-inline V loadu(const float* p) { return _mm512_loadu_ps(p); }
-inline void storeu(float* p, V a) { _mm512_storeu_ps(p, a); }
-inline V permute(const int32_t* index, V a) { return _mm512_permutexvar_ps(_mm512_loadu_si512(index), a); }
-inline V mask(V a, V b) {
-  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_castps_si512(b)));
-}
-inline V scale2(V a, V bits) {  // a · 2^n, n in the low bits of `bits`
-  return _mm512_castsi512_ps(
-      _mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(bits), 23)));
-}
-inline V pairs(V a, V b) { return _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b); }
-inline V quads(V a, V b) {
-  __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
-  return _mm512_castpd_ps(_mm512_unpacklo_pd(x, y)) + _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
-}
-inline __m128 fold(V a) {
-  __m256 h = _mm512_castps512_ps256(a) + _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1));
-  return _mm256_castps256_ps128(h) + _mm256_extractf128_ps(h, 1);
-}
-#else
-using V = __m256;
-constexpr int WIDE = 6;
-inline V set(float a) { return _mm256_set1_ps(a); }
-inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-inline V max(V a, V b) { return _mm256_max_ps(a, b); }
-inline V min(V a, V b) { return _mm256_min_ps(a, b); }
-inline V root(V a) { return _mm256_sqrt_ps(a); }
-inline V loadu(const float* p) { return _mm256_loadu_ps(p); }
-inline void storeu(float* p, V a) { _mm256_storeu_ps(p, a); }
-inline V permute(const int32_t* index, V a) {
-  return _mm256_permutevar8x32_ps(a, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)));
-}
-inline V mask(V a, V b) { return _mm256_and_ps(a, b); }
-inline V scale2(V a, V bits) {
-  return _mm256_castsi256_ps(
-      _mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(bits), 23)));
-}
-inline V pairs(V a, V b) { return _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b); }
-inline V quads(V a, V b) {
-  __m256d x = _mm256_castps_pd(a), y = _mm256_castps_pd(b);
-  return _mm256_castpd_ps(_mm256_unpacklo_pd(x, y)) + _mm256_castpd_ps(_mm256_unpackhi_pd(x, y));
-}
-inline __m128 fold(V a) { return _mm256_castps256_ps128(a) + _mm256_extractf128_ps(a, 1); }
-#endif
-
+constexpr int WIDE = LANES == 16 ? 12 : 6;  // rows of a product that are held in registers at a time, for two vectors
 constexpr int GRADS = LANES / 4;           // rows of a weight's gradient taken at a time; columns: 4
 constexpr int CHUNK_BYTES = 400 * 1024;    // what the weights' gradients read again should stay in the second cache
-constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+constexpr float LN2 = 0.69314718f;
 
 // The sums over the lanes of four vectors.
 inline __m128 sums(V a, V b, V c, V d) { return fold(quads(pairs(a, b), pairs(c, d))); }
-
-// 2^x for x ≤ 0, to 1e-7; NaN stays NaN.
-inline V exp2(V x) {
-  const V magic = set(12582912.0f);  // adding it rounds to a whole number, which then lies in the low bits
-  x = max(set(-126.0f), x);
-  V z = x + magic, r = x - (z - magic);
-  V p = fma(set(1.327647152e-03f), r, set(9.675541331e-03f));
-  p = fma(p, r, set(5.550713275e-02f));
-  p = fma(p, r, set(2.402211972e-01f));
-  p = fma(p, r, set(6.931469671e-01f));
-  return scale2(fma(p, r, set(1.000000072f)), z);
-}
-
-// The normal distribution's Φ(x), to 1.5e-7: ½ + x·q(x²), a minimax polynomial on ±5.2, the last value outside.
-inline V phi(V x) {
-  static const float q[] = {1.268511028e-03f, -1.221493546e-03f, 1.800122663e-03f, -4.789039134e-03f,
-                            8.559967785e-03f, -1.250512092e-02f, 1.795478687e-02f, -2.472362960e-02f,
-                            3.198995929e-02f, -3.992981956e-02f, 5.002452135e-02f, -6.774366748e-02f,
-                            1.359499930e-01f};
-  x = max(set(-5.2f), min(set(5.2f), x));
-  V t = fma(x * x, set(7.396449704e-02f), set(-1.0f)), p = set(-4.812771797e-04f);
-  for (float k : q) p = fma(p, t, set(k));
-  return fma(x, p, set(0.5f));
-}
 
 struct Shape {  // as in native.py
   int64_t sets;
@@ -116,27 +30,6 @@ struct Shape {  // as in native.py
 };
 
 enum { G1, B1, QKV_W, QKV_B, PROJ_W, PROJ_B, G2, B2, FC1_W, FC1_B, FC2_W, FC2_B, PARAMS };
-
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
-
-// Calls work(0) … work(count - 1), each once, in OpenMP's threads where torch has them: its own would compete.
-template <class F>
-void run(int count, Parallel parallel, const F& work) {
-  struct Job {
-    const F& work;
-    int count;
-    std::atomic<int> next{0};
-    void go() {
-      for (int i; (i = next++) < count;) work(i);
-    }
-  } job{work, count};
-  if (count == 1) return work(0);
-  if (parallel) return parallel([](void* p) { static_cast<Job*>(p)->go(); }, &job, count, 0);
-  std::vector<std::thread> threads;
-  for (int i = 1; i < count; ++i) threads.emplace_back([&job] { job.go(); });
-  job.go();
-  for (auto& thread : threads) thread.join();
-}
 
 // ---- products: rows of a tile times a small matrix, whose elements are broadcast
 

@@ -31,38 +31,6 @@ struct Plan {
 
 constexpr int up4(int n) { return (n + 3) / 4 * 4; }
 
-// Hands out parts of one piece of memory; without memory it only counts.
-struct Arena {
-  char* at;
-  size_t used = 0;
-  template <class X>
-  X* take(size_t count) {
-    X* p = reinterpret_cast<X*>(at + used);
-    used += (count * sizeof(X) + 63) / 64 * 64;
-    return p;
-  }
-};
-
-// Memory of the calling thread that later calls use again: fresh pages cost more than the work on them.
-char* memory(size_t bytes) {
-  struct Block {
-    void* p = nullptr;
-    size_t size = 0;
-    ~Block() { std::free(p); }
-  };
-  static thread_local Block block;
-  if (block.size < bytes) {
-    std::free(block.p);
-    block.size = 0;
-    if (posix_memalign(&block.p, 64, bytes)) {
-      block.p = nullptr;
-      throw std::bad_alloc();
-    }
-    block.size = bytes;
-  }
-  return static_cast<char*>(block.p);
-}
-
 // The weights as `product` reads them; those with a T are transposed, for gradients.
 struct Packed {
   float *qkv_w, *qkv_b, *fc1_w, *fc1_b;  // folded, row by row

@@ -126,13 +126,3 @@ void backward(const Shape& shape, const float* const* params, const float* x, co
     for (size_t j = 0; j < sums[0].size; ++j) sums[0].qkv[j] += sums[i].qkv[j];
   sums[0].give(s, params, grads);
 }
-
-template <class F>
-int guarded(const F& act) {
-  try {
-    act();
-    return 0;
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
-}
