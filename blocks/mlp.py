@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocks.base import Act, ActFactory, FeedForward, Grid, Site, linear
+from blocks.kernels.gelu import gelu_linear
 from blocks.kernels.linear import Linear, eager, in_pieces, linear_gelu, recomputable, unhooked
 
 
@@ -104,6 +105,10 @@ class Mlp(FeedForward):
         return self._rest(first(x)) if hidden is None else self.drop(self.fc2(self.drop(hidden)))
 
     def _rest(self, hidden: Tensor) -> Tensor:
+        if type(self.act) is GELU and type(self.fc2) is Linear and unhooked(self.act, self.fc2, self.drop):
+            made = None if self.training and self.drop.p else gelu_linear(hidden, self.fc2.weight, self.fc2.bias)
+            if made is not None:
+                return made
         overwrite = type(self.act) is ReLU and type(self.fc1) is Linear and unhooked(self.fc1, self.act)
         if overwrite and eager(hidden) and not (hidden.requires_grad and hidden._is_view()):
             hidden = F.relu_(hidden)

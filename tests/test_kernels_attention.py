@@ -60,9 +60,10 @@ def test_attention_equals_float64(kernel: bool, calls: list[str], dtype: torch.d
     own = attention._spelled_out(*theirs)
     results = [(out, *torch.autograd.grad(out, parts, grad)), (own, *torch.autograd.grad(own, theirs, grad)),
                (want, *torch.autograd.grad(want, exact, grad.double()))]  # fmt: skip
+    served = kernel and has(dtype) and not (dtype is torch.float32 and n < attention.FEW <= m)
     for a, b, c in zip(*results, strict=True):
-        assert (a.double() - c).norm() <= (1.2 if kernel else 3) * (b.double() - c).norm() + 1e-7 * c.norm() + 1e-6
-    assert len(calls) == (2 if kernel and has(dtype) else 0)
+        assert (a.double() - c).norm() <= (1.2 if served else 6) * (b.double() - c).norm() + 1e-7 * c.norm() + 1e-6
+    assert len(calls) == (2 if served else 0)
     with torch.no_grad():
         torch.testing.assert_close(attention.attend(*parts), out)
 

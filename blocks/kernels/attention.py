@@ -21,6 +21,9 @@ from blocks.kernels.linear import DTYPES, eager, recorded
 NARROW, SHORT = 16, 64
 
 
+# In float32, fewer queries than this are not worth bringing keys and values into the kernel's order.
+FEW = 6
+
 # What the kernel holds in the processor's cache: longer sequences and wider heads are torch's.
 MOST_KEYS, MOST_CHANNELS = 1024, 256
 
@@ -131,7 +134,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     low = q.dtype is torch.bfloat16
     if k.shape != v.shape or k.shape[2] > MOST_KEYS or k.shape[3] > MOST_CHANNELS or not (q.numel() and k.numel()):
         return False
-    if not all(reads(x) for x in (q, k, v)):
+    if not all(reads(x) for x in (q, k, v)) or (not low and q.shape[2] < FEW <= k.shape[2]):
         return False
     library = native.library()
     return library is not None and (not low or hasattr(library, "attention_forward_bf16"))

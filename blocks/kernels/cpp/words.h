@@ -15,6 +15,7 @@ struct Full {
   using E = float;
   static constexpr int U = 1;  // elements in a word
   static V dot(V a, V b, V c) { return fma(a, b, c); }
+  static V widen(const E* p) { return loadu(p); }
   static void narrow(E* to, V a) { storeu(to, a); }
   static V weave(const E* a, const E*) { return loadu(a); }
 };
@@ -24,16 +25,15 @@ struct Half {
   using E = uint16_t;
   static constexpr int U = 2;
   static V dot(V a, V b, V c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+  static __m256i bits(const E* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static V widen(const E* p) { return weave(_mm256_setzero_si256(), bits(p)); }
   static __m256i round(V a) { return (__m256i)_mm512_cvtneps_pbh(a); }
   static void narrow(E* to, V a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), round(a)); }
   static V weave(__m256i a, __m256i b) {
     __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16);
     return _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(a), high));
   }
-  static V weave(const E* a, const E* b) {
-    auto load = [](const E* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
-    return weave(load(a), load(b));
-  }
+  static V weave(const E* a, const E* b) { return weave(bits(a), bits(b)); }
 };
 #endif
 

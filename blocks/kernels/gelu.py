@@ -1,0 +1,80 @@
+"""A Linear behind a GELU as one operation: its backward pass needs GELU's result and slope, which share their work."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blocks.kernels import native, onednn
+from blocks.kernels.linear import eager
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """`F.linear(F.gelu(x), weight, bias)`, to be differentiated; None where the kernel does not serve."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not eager(x, weight, bias):
+        return None
+    if not (x.requires_grad and weight.requires_grad and x.is_contiguous()):
+        return None
+    flops = 2.0 * x.numel() * weight.shape[0]
+    low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+    dtype = torch.bfloat16 if low else torch.float32
+    if x.dtype is not dtype or weight.dtype is not torch.float32 or flops <= onednn.FLOOR:
+        return None
+    if (not low and (torch.is_autocast_enabled("cpu") or not onednn.faster(flops))) or not available(dtype):
+        return None
+    return _GeluLinear.apply(x, weight, bias)
+
+
+def available(dtype: torch.dtype) -> bool:
+    library = native.library()
+    return library is not None and hasattr(library, name(dtype))
+
+
+def name(dtype: torch.dtype) -> str:
+    return "gelu_bf16" if dtype is torch.bfloat16 else "gelu"
+
+
+def activated(x: Tensor, grad: Tensor | None = None) -> Tensor:
+    """GELU(x); and of `grad`, its gradient, it makes the gradient of x in place. Both contiguous."""
+    library, made = native.library(), torch.empty_like(x)
+    assert library is not None
+    assert x.is_contiguous()
+    assert grad is None or grad.is_contiguous()
+    places = (None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (x, grad, made))
+    getattr(library, name(x.dtype))(*places, ctypes.c_int64(x.numel()), torch.get_num_threads(), native.threads())
+    return made
+
+
+class _GeluLinear(torch.autograd.Function):
+    """Keeps x, and the weight as it is: a parameter, which costs nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        rows = activated(x).view(-1, x.shape[-1])
+        if x.dtype is torch.float32:
+            out = onednn.forward(rows, weight, bias)
+        else:
+            out = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        # Not a view, which could not be changed in place behind a Function.
+        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # these gradients will be differentiated in turn
+            with torch.autocast("cpu", enabled=False):
+                out = F.linear(F.gelu(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            inputs = [t for t, wanted in zip((x, weight, bias), ctx.needs_input_grad, strict=True) if wanted]
+            grads = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
+            return tuple(next(grads) if wanted else None for wanted in ctx.needs_input_grad)
+        rows, fast = grad.reshape(-1, grad.shape[-1]), x.dtype is torch.float32
+        dx = onednn.grad_input(rows, weight) if fast else rows @ weight.to(x.dtype)
+        made = activated(x, dx).view_as(dx)
+        dw = onednn.grad_weight(rows, made) if fast else (rows.t() @ made).to(weight.dtype)
+        db = rows.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return dx.view_as(x), dw, db
