@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from framework.checkpoints import Kept, kept_in, read_checkpoint
 from framework.construct import Workbench, complete
-from framework.data.pictures import read_picture, to_mode, transform_for
+from framework.data.cuts import transform_for
+from framework.data.pictures import decoded, read_picture
 from framework.errors import ConfigError
 from framework.run import load_weights
 
@@ -100,15 +101,12 @@ class Files(Dataset[tuple[Tensor, list[str]]]):
         return values, list(errors)
 
     def _read(self, file: str) -> tuple[Tensor, str]:
-        from torchvision.transforms.functional import pil_to_tensor
-
         size = self.image.size
         try:
-            picture = to_mode(read_picture(file), self.mode)
+            pixels = decoded(read_picture(file), self.mode)
             if self.cut:
-                return self.cut(picture), ""
-            pixels = pil_to_tensor(picture)[None]
-            return F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)[0], ""
+                return self.cut(pixels), ""
+            return F.interpolate(pixels[None], size=(size, size), mode="bilinear", antialias=True)[0], ""
         except Exception as error:  # PIL raises a dozen kinds for a damaged file
             why = " ".join(str(error).split()) or type(error).__name__
             return torch.zeros(self.image.channels, size, size, dtype=torch.uint8), why[:200]

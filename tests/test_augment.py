@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from framework.data import ImageData, Torchvision
-from framework.data.augment import drawing_from, posterize, rand_augment
+from framework.data.augment import own_draws, posterize, rand_augment, seed_timm
 from framework.data.base import Order, Repeats
 from framework.data.memory import ROUNDS, MemorySet
 from framework.errors import ConfigError
@@ -163,9 +163,20 @@ def test_many_images_at_the_highest_magnitude(channels: int) -> None:
             op.aug_fn = lambda picture, bits, **given: kept.append(bits) or posterize(picture, bits, **given)
     picture = Pictures.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8)).convert(mode)
     for draw in range(400):
-        with drawing_from(draw):
+        with own_draws():
+            seed_timm(draw)
             assert policy(picture).size == (8, 8)
     assert Counter(kept)[0] > 10
+
+
+@pytest.mark.parametrize("inc", ["", "-inc1"])
+@pytest.mark.parametrize("magnitude", range(11))
+def test_no_operation_stops_at_any_magnitude(magnitude: int, inc: str) -> None:
+    picture = Pictures.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8))
+    ops = rand_augment(f"rand-m{magnitude}-p1.0{inc}", 8, (0.5, 0.5, 0.5)).ops
+    assert len(ops) == 15
+    for op in ops:
+        assert op(picture).size == (8, 8)
 
 
 def test_draws_depend_on_the_image_alone() -> None:

@@ -164,6 +164,10 @@ class ImageSet(Dataset[Batch], ABC):
         """This set, with its batches made on `device` where that is worth it."""
         return self
 
+    def finish(self, batch: Any) -> Batch:
+        """What `__getitems__` gives, made ready in the process that trains: worker processes may leave work to it."""
+        return batch
+
     def unread(self) -> int:
         """How many of the images could not be read up to now."""
         return 0
@@ -171,10 +175,14 @@ class ImageSet(Dataset[Batch], ABC):
     def __getitems__(self, keys: list[int]) -> Batch:
         count = len(self)  # asked once: a tensor takes longer to tell than to index
         pixels, targets = self.pixels([key // count for key in keys], [key % count for key in keys])
-        return pixels.float().sub_(255 * self.mean[:, None, None]).div_(255 * self.std[:, None, None]), targets
+        return self.normalised(pixels), targets
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        mean, std = (each.to(pixels.device, non_blocking=True)[:, None, None] for each in (self.mean, self.std))
+        return pixels.float().sub_(255 * mean).div_(255 * std)
 
     def __getitem__(self, key: int) -> Batch:
-        images, targets = self.__getitems__([key])
+        images, targets = self.finish(self.__getitems__([key]))
         return images[0], targets[0]
 
 
@@ -219,7 +227,7 @@ class Loader(DataLoader[Batch]):
             for batch in batches:
                 self.done += 1
                 if len(batch[1]):  # none where no picture of a batch can be read
-                    yield batch
+                    yield cast(ImageSet, self.dataset).finish(batch)
         except ConfigError as error:
             if self.num_workers:  # else the garbage collector does it, where torch may wait for 5 seconds each
                 batches._shutdown_workers()
@@ -328,8 +336,10 @@ class ImageData(LightningDataModule, ABC):
 
     def _loader(self, images: ImageSet, sampler: Sampler[int] | None = None, drop_last: bool = False) -> DataLoader:
         workers = self.workers if images.slow else 0
+        gpu = torch.cuda.is_available()
         if self.trainer:
-            images = images.near(self.trainer.strategy.root_device)
+            device = self.trainer.strategy.root_device
+            images, gpu = images.near(device), device.type == "cuda"
         return Loader(
             images,
             batch_size=self.batch_size,
@@ -338,7 +348,7 @@ class ImageData(LightningDataModule, ABC):
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available() and images.mean.device.type == "cpu",
+            pin_memory=gpu and images.mean.device.type == "cpu",
             # Its own: every iterator draws a seed, and a resumed run makes them at other moments.
             generator=torch.Generator().manual_seed(0),
         )

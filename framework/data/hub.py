@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from framework.data.cuts import SMALL
 from framework.data.picture_data import MEMORY, PictureData
-from framework.data.pictures import SMALL, read_picture
+from framework.data.pictures import read_picture
 from framework.errors import ConfigError, reason, suggest
 
 # What sets call their splits; the first that is there wins.

@@ -11,8 +11,9 @@ import torch
 
 from framework.data.augment import rand_augment
 from framework.data.base import Batch, Image, ImageSet, at_least, hold_out
+from framework.data.cuts import SMALL, transform_for
 from framework.data.memory import MemoryData, statistics
-from framework.data.pictures import GREY, MEAN, SMALL, STD, PictureSet, transform_for
+from framework.data.pictures import GREY, MEAN, STD, PictureSet
 from framework.data.sources import labels_of, name_of, pictures_of, some
 from framework.data.splits import Part
 from framework.errors import ConfigError
@@ -86,7 +87,7 @@ class PictureData(MemoryData, ABC):
 
         size = self.image.size
         # Bilinear, as all sets in memory.
-        steps = [v2.Resize(size, InterpolationMode.BILINEAR), v2.CenterCrop(size), v2.PILToTensor()]
+        steps = [v2.Resize(size, InterpolationMode.BILINEAR), v2.CenterCrop(size)]
         images = self._pictures(split, v2.Compose(steps), torch.zeros(1), torch.ones(1), train=False)
         return images.pixels([0] * len(images), list(range(len(images))))
 
@@ -98,10 +99,14 @@ class PictureData(MemoryData, ABC):
         mean, std = torch.tensor(MEAN[channels]), torch.tensor(STD[channels])
         if self._in_memory:
             mean, std = statistics(self.read(split)[0])
-        transform = transform_for(self.image, train, self.crop, self.flip, self.auto_augment, tuple(mean.tolist()))
-        return self._pictures(split, transform, mean, std, train)
+        transform, augment = transform_for(self.image, train, self.crop, self.flip), None
+        if train and self.auto_augment:
+            augment = rand_augment(self.auto_augment, self.image.size, tuple(mean.tolist()))
+        return self._pictures(split, transform, mean, std, train, augment)
 
-    def _pictures(self, split: str, transform: Any, mean: torch.Tensor, std: torch.Tensor, train: bool) -> PictureSet:
+    def _pictures(
+        self, split: str, transform: Any, mean: torch.Tensor, std: torch.Tensor, train: bool, augment: Any = None
+    ) -> PictureSet:
         source, indices = self._part(split)
         labels = labels_of(source)
         return PictureSet(
@@ -116,6 +121,7 @@ class PictureData(MemoryData, ABC):
             train,
             partial(name_of, source, self.source),
             None if labels is None else labels[indices],
+            augment,
         )
 
     def part(self, split: str) -> Part:

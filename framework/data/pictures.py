@@ -1,7 +1,12 @@
-"""Pictures that come as PIL images: every mode made RGB or grey, and files that cannot be read put up with."""
+"""Pictures that come as PIL images: every mode made RGB or grey, and files that cannot be read put up with.
+
+What is done to a picture on its way: it is decoded, cut out and mirrored, goes through RandAugment, is normalised, and
+a part of it is erased. Where a run has a GPU, the last three happen there, a batch at a time.
+"""
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from copy import copy
@@ -11,28 +16,55 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from framework.data.augment import drawing_from, rand_augment
+from framework.data.augment import Box, as_tensor, noted, own_draws, seed_timm, seed_torch
 from framework.data.base import AUGMENT, ERASE, REPLACE, Batch, Image, ImageSet, seed_of
+from framework.data.batched import rand_augment_batch
+from framework.data.cuts import transform_for
 from framework.errors import ConfigError
-
-# Up to this size images are shifted and may live in memory; above it they are cut and scaled (DeiT's protocol).
-SMALL = 64
 
 # ImageNet's statistics, by channels; the grey ones are those of its luminance.
 MEAN = {3: (0.485, 0.456, 0.406), 1: (0.449,)}
 STD = {3: (0.229, 0.224, 0.225), 1: (0.226,)}
+
+# What torchvision calls the modes that pictures are made.
+COLOURS = {"L": "GRAY", "RGB": "RGB"}
 
 # PIL's modes without colour.
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 
 
 def read_picture(path: Any) -> Any:
-    """The picture in a file, read whole, as it is stored: a `loader` for torchvision's sets, whose own makes it RGB."""
+    """The picture in a file, as it is stored; it is decoded when somebody asks for its pixels, see `decoded`.
+
+    A `loader` for torchvision's sets, whose own makes it RGB.
+    """
     from PIL import Image as Pictures
 
-    with Pictures.open(path) as picture:
-        picture.load()
-    return picture
+    if not hasattr(path, "read"):
+        with open(path, "rb") as file:
+            path = io.BytesIO(file.read())
+    return Pictures.open(path)
+
+
+def decoded(picture: Any, mode: str) -> Tensor:
+    """A PIL image as a uint8 tensor `(C, H, W)` of `mode`, as `to_mode` has it.
+
+    A JPEG file that only needs decoding goes through torchvision's decoder where that is there, which gives the same
+    values: the detour over PIL's image takes half as long again.
+    """
+    from torchvision.io import ImageReadMode
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    file = getattr(picture, "fp", None)
+    plain = picture.format == "JPEG" and picture.mode in ("L", mode) and not turned(picture)
+    if plain and isinstance(file, io.BytesIO):
+        stored = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+        try:
+            # Not torchvision.io.decode_jpeg: from 0.29 on that warns, for each picture, that it is to go some day.
+            return torch.ops.image.decode_jpeg(stored, getattr(ImageReadMode, COLOURS[mode]).value, False)
+        except (AttributeError, RuntimeError):
+            pass  # without that decoder, or with a damaged file: PIL says in fewer words what is wrong
+    return pil_to_tensor(to_mode(picture, mode))
 
 
 def to_mode(picture: Any, mode: str) -> Any:
@@ -61,14 +93,22 @@ def to_mode(picture: Any, mode: str) -> Any:
     return picture if picture.mode == mode else picture.convert(mode)
 
 
-def _upright(picture: Any) -> Any:
-    from PIL import ImageOps
+def turned(picture: Any) -> bool:
+    """Whether its EXIF tag says that it does not lie upright."""
     from PIL.ExifTags import Base
 
     try:
-        turned = picture.getexif().get(Base.Orientation, 1) != 1
-        return ImageOps.exif_transpose(picture) if turned else picture
+        return bool(picture.getexif().get(Base.Orientation, 1) != 1)
     except Exception:  # broken EXIF data says nothing, and the picture can be used
+        return False
+
+
+def _upright(picture: Any) -> Any:
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(picture) if turned(picture) else picture
+    except Exception:  # as above
         return picture
 
 
@@ -80,41 +120,6 @@ def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
         if most <= 255:
             return values.astype(np.uint8)
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def transform_for(
-    image: Image, train: bool, crop: int = 0, flip: bool = False, auto_augment: str = "", mean: tuple[float, ...] = ()
-) -> Any:
-    """From a PIL image to a uint8 tensor; draws come from the global generators.
-
-    Training images of up to `SMALL` pixels are shifted, larger ones are cut out and scaled at random (to .08–1 of
-    their area); larger ones are validated on the centre of images enlarged by 1/0.875.
-
-    Args:
-        image: the size and channels to give.
-        train: whether for training: the arguments behind are for this alone.
-        crop: random shift by up to so many pixels, up to `SMALL` pixels.
-        flip: whether images are mirrored at random.
-        auto_augment: RandAugment in timm's notation; empty for none.
-        mean: of each channel in 0..1: what RandAugment brings in from outside of an image; ImageNet's by default.
-    """
-    from torchvision.transforms import InterpolationMode, v2
-
-    size, cubic = image.size, InterpolationMode.BICUBIC
-    steps: list[Any]
-    if size <= SMALL:
-        steps = [v2.Resize(size, cubic), v2.CenterCrop(size)]
-        if train and crop:
-            steps.append(v2.RandomCrop(size, padding=crop))
-    elif train:
-        steps = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=cubic)]
-    else:
-        steps = [v2.Resize(int(size / 0.875), cubic), v2.CenterCrop(size)]
-    if train and flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if train and auto_augment:
-        steps.append(rand_augment(auto_augment, size, mean or MEAN[image.channels]))
-    return v2.Compose([*steps, v2.PILToTensor()])
 
 
 class BadFiles:
@@ -152,7 +157,7 @@ class BadFiles:
 def why(error: Exception, name: str) -> str:
     """Why a file cannot be read, in a few words that do not name it again."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
-    if "cannot identify image file" in text and name in text:
+    if "cannot identify image file" in text:
         return "no image, or of a kind that PIL does not know"
     return text[:200] or type(error).__name__
 
@@ -167,7 +172,7 @@ class PictureSet(ImageSet):
         source: gives a PIL image and a class number for an index.
         indices: which of them.
         image: the size and channels to give.
-        transform: from a PIL image to a uint8 tensor; it draws from the global generators.
+        transform: from a uint8 tensor to another one of that size; it draws from the global generators.
         mean: of each channel.
         std: of each channel.
         erase_prob: probability that a rectangle of a training image becomes noise.
@@ -175,9 +180,11 @@ class PictureSet(ImageSet):
         train: whether they are trained on.
         name_of: what to call the picture of an index of `source`, such as its file.
         targets: their class numbers, where these are known without reading.
+        augment: timm's RandAugment of training images; None for none.
     """
 
     slow = True
+    device: torch.device | None = None  # the GPU on which batches are finished
 
     def __init__(
         self,
@@ -192,6 +199,7 @@ class PictureSet(ImageSet):
         train: bool = False,
         name_of: Callable[[int], str] = "image {}".format,
         targets: np.ndarray | None = None,
+        augment: Any = None,
     ) -> None:
         super().__init__(mean, std)
         self.source = source
@@ -204,6 +212,7 @@ class PictureSet(ImageSet):
         self.train = train
         self.name_of = name_of
         self.targets = targets
+        self.augment = augment if train else None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -213,35 +222,53 @@ class PictureSet(ImageSet):
 
     def plain(self) -> PictureSet:
         plain = copy(self)
-        plain.transform, plain.erase_prob, plain.train = transform_for(self.image, train=False), 0.0, False
+        plain.transform, plain.augment = transform_for(self.image, train=False), None
+        plain.erase_prob, plain.train = 0.0, False
         return plain
+
+    def near(self, device: torch.device) -> PictureSet:
+        return self.to(device) if device.type == "cuda" else self
+
+    def to(self, device: torch.device) -> PictureSet:
+        """The same set with its batches finished on `device`: up to rounding the same images, but other noise."""
+        moved = copy(self)
+        moved.device = device
+        moved.augment = self.augment and noted(self.augment)
+        return moved
 
     def unread(self) -> int:
         return len(self.bad)
 
     def pixels(self, rounds: list[int], indices: list[int]) -> Batch:
-        read = [one for one in map(self._one, rounds, indices) if one]
-        if not read:
-            size, channels = self.image.size, self.image.channels
-            return torch.empty(0, channels, size, size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
-        pictures, targets = zip(*read, strict=True)
-        return torch.stack(pictures), torch.tensor(targets)
+        size, channels = self.image.size, self.image.channels
+        pixels = torch.empty(len(indices), channels, size, size, dtype=torch.uint8)
+        targets: list[int] = []
+        with own_draws():
+            for number, index in zip(rounds, indices, strict=True):
+                found = self._readable(number, index)
+                if found:
+                    pixels[len(targets)] = self._drawn(found[0], seed_of(AUGMENT, number, index))
+                    targets.append(found[1])
+        return pixels[: len(targets)], torch.tensor(targets, dtype=torch.int64)
 
-    def _one(self, number: int, index: int) -> tuple[Tensor, int] | None:
-        found = self._readable(number, index)
-        if found is None:
-            return None
-        with drawing_from(seed_of(AUGMENT, number, index)):
-            return self.transform(found[0]), found[1]
+    def _drawn(self, image: Tensor, seed: int) -> Tensor:
+        from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-    def _readable(self, number: int, index: int) -> tuple[Any, int] | None:
+        seed_torch(seed)
+        image = self.transform(image)
+        if not self.augment or self.device:
+            return image
+        seed_timm(seed)
+        return pil_to_tensor(self.augment(to_pil_image(image)))
+
+    def _readable(self, number: int, index: int) -> tuple[Tensor, int] | None:
         """The picture and class of an index, or of another one that stands in for it."""
         at, attempt = index, 0
         while True:
             place = int(self.indices[at])
             try:
                 picture, target = self.source[place]
-                return to_mode(picture, self.mode), int(target)
+                return decoded(picture, self.mode), int(target)
             except ConfigError:
                 raise
             except Exception as error:  # PIL raises a dozen kinds for a damaged file
@@ -252,14 +279,72 @@ class PictureSet(ImageSet):
                 raise ConfigError(f"data: none of the {len(self)} images for training can be read")
             at, attempt = seed_of(REPLACE, number, index, attempt) % len(self), attempt + 1
 
-    def __getitems__(self, keys: list[int]) -> Batch:
-        images, targets = super().__getitems__(keys)
+    def __getitems__(self, keys: list[int]) -> Any:
+        """A batch; where it is finished on a GPU, what `finish` makes one of, all of it in the host's memory."""
+        if self.device:
+            # All draws of one kind together: between two pictures nothing of that code would be left in a core's cache.
+            steps, boxes = self._steps(keys), self._boxes(keys)
+            return *self._pixels(keys), steps, boxes
+        pixels, targets = self._pixels(keys)
+        images = self.normalised(pixels)
         if self.erase_prob:
-            from timm.data.random_erasing import RandomErasing
-
             # Behind the normalisation: the noise is that of normalised images.
-            erase = RandomErasing(self.erase_prob, mode="pixel", device="cpu")
-            for key, image in zip(keys, images, strict=True):
-                with drawing_from(seed_of(ERASE, *divmod(key, len(self)))):
+            erase = self._erasing()
+            with own_draws():
+                for key, image in zip(keys, images, strict=True):
+                    seed = self._seed(ERASE, key)
+                    seed_torch(seed)
+                    seed_timm(seed)
                     erase(image)
         return images, targets
+
+    def _pixels(self, keys: list[int]) -> Batch:
+        return self.pixels([key // len(self) for key in keys], [key % len(self) for key in keys])
+
+    def finish(self, batch: Any) -> Batch:
+        if not self.device:
+            return batch
+        pixels, targets, steps, boxes = batch
+        pixels, targets = (each.to(self.device, non_blocking=True) for each in (pixels, targets))
+        if self.augment:
+            pixels = rand_augment_batch(pixels, steps, self.augment.ops[0].kwargs["fillcolor"])
+        images = self.normalised(pixels)
+        for place, key, top, left, height, width in boxes.tolist():
+            # By the image, as all that is drawn: a run that goes on and other batches have the same noise.
+            generator = torch.Generator(self.device).manual_seed(self._seed(ERASE, key))
+            noise = torch.empty(images.shape[1], height, width, device=self.device).normal_(generator=generator)
+            images[place, :, top : top + height, left : left + width] = noise
+        return images, targets
+
+    def _steps(self, keys: list[int]) -> Tensor:
+        """The steps of RandAugment, `(B, layers, 2)`."""
+        if not self.augment:
+            return torch.empty(len(keys), 0, 2)
+        with own_draws():
+            steps = []
+            for key in keys:
+                seed_timm(self._seed(AUGMENT, key))
+                steps.append(self.augment([]))
+        return as_tensor(steps, self.augment.num_layers)
+
+    def _boxes(self, keys: list[int]) -> Tensor:
+        """What is erased, int64 `(n, 6)`: place in the batch, key, top, left, height and width."""
+        rows = []
+        if self.erase_prob:
+            erase = self._erasing()
+            with own_draws():
+                for place, key in enumerate(keys):
+                    seed_timm(self._seed(ERASE, key))
+                    box = Box(self.image.channels, self.image.size)
+                    erase(box)
+                    if box.place:
+                        rows.append([place, key, *box.place])
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 6)
+
+    def _erasing(self) -> Any:
+        from timm.data.random_erasing import RandomErasing
+
+        return RandomErasing(self.erase_prob, mode="const" if self.device else "pixel", device="cpu")
+
+    def _seed(self, stream: int, key: int) -> int:
+        return seed_of(stream, *divmod(key, len(self)))

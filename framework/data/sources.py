@@ -106,7 +106,10 @@ def some(source: Any, dataset: str, indices: Iterable[int], most: int) -> list[t
     pictures, found, failed = pictures_of(source), list[tuple[Any, Any]](), ""
     for index in indices:
         try:
-            found.append(pictures[int(index)])
+            picture, target = pictures[int(index)]
+            if hasattr(picture, "load"):  # some sets are not for classification
+                picture.load()
+            found.append((picture, target))
         except Exception as error:  # as in PictureSet
             name = name_of(source, dataset, int(index))
             failed = failed or f"data: cannot read {name}: {why(error, name)}"

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from framework.data.base import Batch, Image
+from framework.data.cuts import SMALL
 from framework.data.memory import resize, square, to_images
 from framework.data.picture_data import PictureData
-from framework.data.pictures import SMALL, read_picture
+from framework.data.pictures import read_picture
 from framework.data.sources import labels_of, names_of, some, sort_files
 from framework.errors import ConfigError, suggest
 
