@@ -179,7 +179,8 @@ class ImageSet(Dataset[Batch], ABC):
 
     def normalised(self, pixels: Tensor) -> Tensor:
         mean, std = (each.to(pixels.device, non_blocking=True)[:, None, None] for each in (self.mean, self.std))
-        return pixels.float().sub_(255 * mean).div_(255 * std)
+        values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return values.sub_(255 * mean).div_(255 * std)
 
     def __getitem__(self, key: int) -> Batch:
         images, targets = self.finish(self.__getitems__([key]))

@@ -31,6 +31,8 @@ class RandomPart:
         drawn = self.crop.make_params([pixels])
         top, left, height, width = (drawn[name] for name in ("top", "left", "height", "width"))
         part = pixels[None, :, top : top + height, left : left + width]
+        # As a decoder gives it: else torch reorders it, and what comes out once more.
+        part = part.contiguous(memory_format=torch.channels_last)
         scaled = F.interpolate(part, self.crop.size, mode="bicubic", antialias=True)[0]
         return scaled.flip(-1) if self.flip and torch.rand(1) < 0.5 else scaled
 

@@ -240,14 +240,19 @@ class PictureSet(ImageSet):
         return len(self.bad)
 
     def pixels(self, rounds: list[int], indices: list[int]) -> Batch:
-        size, channels = self.image.size, self.image.channels
-        pixels = torch.empty(len(indices), channels, size, size, dtype=torch.uint8)
+        keys = [number * len(self) + index for number, index in zip(rounds, indices, strict=True)]
+        pixels, targets = self._pixels(keys, self._seeds(AUGMENT, keys))
+        return pixels.contiguous(), targets
+
+    def _pixels(self, keys: list[int], seeds: list[int]) -> Batch:
+        """Images, the channels last, as they are decoded, and their targets."""
+        shape = len(keys), self.image.channels, self.image.size, self.image.size
+        pixels = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
         targets: list[int] = []
         with own_draws():
-            for number, index in zip(rounds, indices, strict=True):
-                found = self._readable(number, index)
-                if found:
-                    pixels[len(targets)] = self._drawn(found[0], seed_of(AUGMENT, number, index))
+            for key, seed in zip(keys, seeds, strict=True):
+                if found := self._readable(*divmod(key, len(self))):
+                    pixels[len(targets)] = self._drawn(found[0], seed)
                     targets.append(found[1])
         return pixels[: len(targets)], torch.tensor(targets, dtype=torch.int64)
 
@@ -281,25 +286,22 @@ class PictureSet(ImageSet):
 
     def __getitems__(self, keys: list[int]) -> Any:
         """A batch; where it is finished on a GPU, what `finish` makes one of, all of it in the host's memory."""
+        # All draws of one kind together: between two pictures nothing of that code is left in a core's cache.
+        seeds = self._seeds(AUGMENT, keys)
         if self.device:
-            # All draws of one kind together: between two pictures nothing of that code would be left in a core's cache.
-            steps, boxes = self._steps(keys), self._boxes(keys)
-            return *self._pixels(keys), steps, boxes
-        pixels, targets = self._pixels(keys)
+            steps, boxes = self._steps(seeds), self._boxes(keys)
+            return *self._pixels(keys, seeds), steps, boxes
+        pixels, targets = self._pixels(keys, seeds)
         images = self.normalised(pixels)
         if self.erase_prob:
             # Behind the normalisation: the noise is that of normalised images.
             erase = self._erasing()
             with own_draws():
-                for key, image in zip(keys, images, strict=True):
-                    seed = self._seed(ERASE, key)
+                for seed, image in zip(self._seeds(ERASE, keys), images, strict=True):
                     seed_torch(seed)
                     seed_timm(seed)
                     erase(image)
         return images, targets
-
-    def _pixels(self, keys: list[int]) -> Batch:
-        return self.pixels([key // len(self) for key in keys], [key % len(self) for key in keys])
 
     def finish(self, batch: Any) -> Batch:
         if not self.device:
@@ -307,44 +309,45 @@ class PictureSet(ImageSet):
         pixels, targets, steps, boxes = batch
         pixels, targets = (each.to(self.device, non_blocking=True) for each in (pixels, targets))
         if self.augment:
-            pixels = rand_augment_batch(pixels, steps, self.augment.ops[0].kwargs["fillcolor"])
+            pixels = rand_augment_batch(pixels.contiguous(), steps, self.augment.ops[0].kwargs["fillcolor"])
         images = self.normalised(pixels)
-        for place, key, top, left, height, width in boxes.tolist():
+        for place, seed, top, left, height, width in boxes.tolist():
             # By the image, as all that is drawn: a run that goes on and other batches have the same noise.
-            generator = torch.Generator(self.device).manual_seed(self._seed(ERASE, key))
+            generator = torch.Generator(self.device).manual_seed(seed)
             noise = torch.empty(images.shape[1], height, width, device=self.device).normal_(generator=generator)
             images[place, :, top : top + height, left : left + width] = noise
         return images, targets
 
-    def _steps(self, keys: list[int]) -> Tensor:
+    def _steps(self, seeds: list[int]) -> Tensor:
         """The steps of RandAugment, `(B, layers, 2)`."""
         if not self.augment:
-            return torch.empty(len(keys), 0, 2)
+            return torch.empty(len(seeds), 0, 2)
         with own_draws():
             steps = []
-            for key in keys:
-                seed_timm(self._seed(AUGMENT, key))
+            for seed in seeds:
+                seed_timm(seed)
                 steps.append(self.augment([]))
         return as_tensor(steps, self.augment.num_layers)
 
     def _boxes(self, keys: list[int]) -> Tensor:
-        """What is erased, int64 `(n, 6)`: place in the batch, key, top, left, height and width."""
+        """What is erased, int64 `(n, 6)`: place in the batch, seed of the noise, top, left, height and width."""
         rows = []
         if self.erase_prob:
             erase = self._erasing()
             with own_draws():
-                for place, key in enumerate(keys):
-                    seed_timm(self._seed(ERASE, key))
+                for place, seed in enumerate(self._seeds(ERASE, keys)):
+                    seed_timm(seed)
                     box = Box(self.image.channels, self.image.size)
                     erase(box)
                     if box.place:
-                        rows.append([place, key, *box.place])
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 6)
+                        rows.append([place, seed, *box.place])
+        # Seeds have 64 bits: the larger ones become negative, which generators take for the same.
+        return torch.from_numpy(np.array(rows, dtype=np.uint64).view(np.int64)).view(-1, 6)
 
     def _erasing(self) -> Any:
         from timm.data.random_erasing import RandomErasing
 
         return RandomErasing(self.erase_prob, mode="const" if self.device else "pixel", device="cpu")
 
-    def _seed(self, stream: int, key: int) -> int:
-        return seed_of(stream, *divmod(key, len(self)))
+    def _seeds(self, stream: int, keys: list[int]) -> list[int]:
+        return [seed_of(stream, *divmod(key, len(self))) for key in keys]
