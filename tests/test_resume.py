@@ -15,6 +15,7 @@ from framework import run as runs
 from framework.ablation.state import read_status
 from framework.cli import main
 from framework.config import compose, dump
+from framework.data.pictures import PictureSet
 
 # Everything that draws random numbers in training is on.
 RANDOM = {
@@ -26,6 +27,8 @@ RANDOM = {
     "trainer.accelerator": "cpu",
 }
 EMA = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
+# Pictures whose batches worker processes begin and the run's device finishes: on a GPU without being asked.
+FINISHED = "finished on the device"
 CONFIG = "experiments/base/tnt_digits.yaml"
 
 
@@ -52,8 +55,9 @@ def settings(kind: str, photos: Path) -> dict:
         "init_args": {"dataset": "ImageFolder", "root": str(photos), "size": 8, "batch_size": 12, "workers": 2},
     }
     extra = {"trainer.callbacks": [EMA], "trainer.accumulate_grad_batches": 2} if kind == "workers, EMA" else {}
-    if kind == "repeats":
-        data["init_args"] |= {"repeats": 3, "auto_augment": "rand-m9-mstd0.5-inc1", "erase_prob": 0.25, "workers": 0}
+    if kind in ("repeats", FINISHED):
+        data["init_args"] |= {"repeats": 3, "auto_augment": "rand-m9-mstd0.5-inc1", "erase_prob": 0.25}
+        data["init_args"]["workers"] = 2 if kind == FINISHED else 0
     return {**RANDOM, "data": data, **extra}
 
 
@@ -68,7 +72,7 @@ class Press(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def start(path: Path, chosen: dict, *callbacks: Callback) -> None:
+def start(path: Path, chosen: dict, *callbacks: Callback, kind: str = "") -> None:
     """Trains in `path`, or goes on with it."""
     path.mkdir(exist_ok=True)
     document = compose([CONFIG], chosen)
@@ -81,6 +85,8 @@ def start(path: Path, chosen: dict, *callbacks: Callback) -> None:
     handler = signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs.Workbench, "make_trainer", with_more)
+        if kind == FINISHED:
+            patch.setattr(PictureSet, "near", PictureSet.to)
         try:
             runs.fit_folder(path)
         finally:
@@ -116,7 +122,7 @@ def whole(tmp_path_factory, photos):
     def of(kind: str) -> Path:
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp("whole") / "run"
-            start(made[kind], settings(kind, photos))
+            start(made[kind], settings(kind, photos), kind=kind)
         return made[kind]
 
     return of
@@ -132,6 +138,7 @@ def whole(tmp_path_factory, photos):
         ("workers, EMA", 1, 2, signal.SIGINT),
         ("workers, EMA", 2, 3, signal.SIGTERM),
         ("repeats", 1, 2, signal.SIGINT),
+        (FINISHED, 1, 2, signal.SIGINT),
     ],
 )
 def test_a_run_stopped_in_a_step_goes_on_to_the_same_weights(
@@ -140,12 +147,12 @@ def test_a_run_stopped_in_a_step_goes_on_to_the_same_weights(
     path, chosen = tmp_path / "run", settings(kind, photos)
     last_step = (epoch, batch) == (2, 17)
     if last_step:
-        start(path, chosen, Press(epoch, batch, number))
+        start(path, chosen, Press(epoch, batch, number), kind=kind)
     else:
         with pytest.raises(KeyboardInterrupt):
-            start(path, chosen, Press(epoch, batch, number))
+            start(path, chosen, Press(epoch, batch, number), kind=kind)
         assert read_status(path).state == "interrupted"
-        start(path, chosen)
+        start(path, chosen, kind=kind)
     assert read_status(path).state == "finished"
     same(whole(kind), path)
 
