@@ -316,7 +316,7 @@ def test_drawn_groups_compile_without_a_break(training: bool) -> None:
     torch.manual_seed(5)
     got = compiled(given).map
     torch.manual_seed(5)
-    assert torch.equal(got, rec(given).map)
+    torch.testing.assert_close(got, rec(given).map)  # outside of the compiler attention is a kernel of our own
 
 
 def test_drawn_groups_are_exported_as_a_draw() -> None:
