@@ -89,11 +89,11 @@ class TNT(Block):
     def keep(self, parts: frozenset[str]) -> frozenset[str]:
         return self.outer.keep(parts) | {"words"}
 
-    def mix(self, words: Tensor) -> Tensor:
+    def mix(self, words: Tensor, turn: int = 0) -> Tensor:
         """`(B·N, m, c)` words through `inner`."""
         if kernel.serves(self.inner, words):
             return kernel.run(self.inner, words)
-        return tokens(self.inner(Features(to_map(words, self.word_grid))).map)
+        return tokens(self.inner(Features(to_map(words, self.word_grid), turn=turn)).map)
 
     def project(self, words: Tensor, grid: tuple[int, int]) -> Tensor:
         """`(B·N, m, c)` words to what they add to the map, `(B, d, H, W)`."""
@@ -106,7 +106,7 @@ class TNT(Block):
     def forward(self, features: Features) -> Features:
         map, words = features.map, features.words
         assert words is not None
-        words = self.mix(words)
+        words = self.mix(words, features.turn)
         map = map + self.project(words, (map.shape[2], map.shape[3]))
         return self.outer(features.replace(map=map)).replace(words=words)
 
