@@ -32,7 +32,7 @@ from blocks.base import (
     to_map,
     tokens,
 )
-from blocks.kernels.folded import conv_norm_act, linear_norm, norm_into_linear
+from blocks.kernels.folded import added, adds, conv_norm_act, linear_norm, mlp_onto, norm_into_linear
 from blocks.kernels.linear import linear as linear_of
 from blocks.kernels.linear import unhooked
 from blocks.mlp import Mlp, ReLU, round_width
@@ -172,6 +172,20 @@ def normed_mlp(norm: Norm, mlp: FeedForward, x: Tensor, grid: Grid) -> Tensor:
     return mlp(tokens(norm.on_map(to_map(x, grid))), grid)
 
 
+def last_layer(mixer: nn.Module) -> nn.Module:
+    """The layer whose result a mixer of this file gives, if it is one and nobody looks at it."""
+    return mixer.proj if isinstance(mixer, MHCA | EMHSA) and type(mixer) in (MHCA, EMHSA) and unhooked(mixer) else mixer
+
+
+def added_mlp(residual: Residual, norm: Norm, mlp: FeedForward, x: Tensor, grid: Grid, fresh: bool = True) -> Tensor:
+    """`residual(x, mlp(norm(x)))`; `fresh` says that nobody else has `x`."""
+    made = mlp_onto(norm, mlp, x) if fresh and adds(residual) else None
+    if made is not None:
+        return made
+    last = mlp.fc2 if type(mlp) is Mlp and unhooked(mlp, mlp.drop) and not (mlp.training and mlp.drop.p) else mlp
+    return added(residual, x, normed_mlp(norm, mlp, x, grid), last)
+
+
 def _reduced(site: Site, who: Block, dim: int) -> Shape:
     """The shape behind a block that takes the offered stride; words and prefix stay as they are."""
     h, w = site.inp.grid
@@ -228,8 +242,8 @@ class NCB(Block):
         map = self.embed(features.map)
         grid = (map.shape[2], map.shape[3])
         x = tokens(map)
-        x = self.mixer_residual(x, self.mixer(x, grid))
-        x = self.mlp_residual(x, normed_mlp(self.norm, self.mlp, x, grid))
+        x = added(self.mixer_residual, x, self.mixer(x, grid), last_layer(self.mixer))
+        x = added_mlp(self.mlp_residual, self.norm, self.mlp, x, grid, fresh=adds(self.mixer_residual))
         return features.replace(map=to_map(x, grid))
 
 
@@ -303,9 +317,9 @@ class NTB(Block):
         map = self.embed(features.map)
         grid = (map.shape[2], map.shape[3])
         x = tokens(map)
-        x = self.attn_residual(x, self.attn(tokens(self.norm1.on_map(map)), grid))
+        x = added(self.attn_residual, x, self.attn(tokens(self.norm1.on_map(map)), grid), last_layer(self.attn))
         y = tokens(self.project(to_map(x, grid)))
-        y = self.conv_residual(y, self.conv(y, grid))
+        y = added(self.conv_residual, y, self.conv(y, grid), last_layer(self.conv))
         x = torch.cat([x, y], dim=2)
-        x = self.mlp_residual(x, normed_mlp(self.norm2, self.mlp, x, grid))
+        x = added_mlp(self.mlp_residual, self.norm2, self.mlp, x, grid)
         return features.replace(map=to_map(x, grid))

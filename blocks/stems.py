@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from blocks.base import ActFactory, Block, Features, NormFactory, Shape, Site, token_parameter
-from blocks.kernels.folded import conv_norm_act
+from blocks.kernels.folded import convs_of_images
 from blocks.mlp import ReLU
 from blocks.norms import BatchNorm, NoNorm
 from blocks.tnt import patch_grid
@@ -94,7 +94,6 @@ class ConvStem(Block):
         self.out = Shape(width, grid)
 
     def forward(self, features: Features) -> Features:
-        map = features.map
-        for layer in self.layers:
-            map = conv_norm_act(layer["conv"], layer["norm"], layer["act"], map)  # type: ignore[index, arg-type]
+        layers = ((layer["conv"], layer["norm"], layer["act"]) for layer in self.layers)  # type: ignore[index]
+        map = convs_of_images(layers, features.map)  # type: ignore[arg-type]
         return features.replace(map=self.position(map)[0])

@@ -277,6 +277,62 @@ def test_folded_equals_unfolded(name: str) -> None:
             parameter.data.mul_(1.5)
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_a_block_was_given_stays(name: str, grad: bool) -> None:
+    """Sums and activations are written over what a block has made, never over what came in."""
+    block = BLOCKS[name]().eval()
+    given = features(Site.at({"stem": 3, "ncb": 32, "ntb": 64}[name], 16 if name == "stem" else 6).inp, batch=40)
+    before = given.map.clone()
+    same = NCB(Site.at(32, 6)).eval() if name == "ncb" else block
+    with torch.set_grad_enabled(grad):
+        for each in (block, same):
+            first = each(given).map.clone()
+            assert torch.equal(given.map, before)
+            assert torch.equal(each(given).map, first)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_folded_in_bfloat16(name: str) -> None:
+    """Under autocast as near to float64 as torch's own operators are, and in the same type."""
+    torch.manual_seed(0)
+    block = BLOCKS[name]()
+    randomise(block)
+    block.eval()
+    given = features(Site.at({"stem": 3, "ncb": 32, "ntb": 64}[name], 16 if name == "stem" else 6).inp, batch=40)
+    exact = copy.deepcopy(block).double()(given._replace(map=given.map.double())).map
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = block(given).map
+        with torch.no_grad():
+            got = block(given).map
+    assert got.dtype is plain.dtype
+    assert error(got, exact) < 1.3 * error(plain, exact)
+
+
+def test_a_stem_takes_images_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    stem = BLOCKS["stem"]().eval()
+    given = features(Site.at(3, 16).inp, batch=2 * torch.get_num_threads() + 1)
+    with torch.no_grad():
+        whole = stem(given).map
+        monkeypatch.setattr(folded, "PIXELS", 0)
+        pieces = stem(given).map
+        assert stem(given.replace(map=given.map[:0])).map.shape == (0, *whole.shape[1:])
+    torch.testing.assert_close(pieces, whole)
+    assert pieces.stride() == whole.stride()
+
+
+def test_without_convolutions_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator that is missing or wrong is not used, and the blocks give the same without it."""
+    block, given = NCB(Site.at(32, 6)).eval(), features(Site.at(32, 6).inp, batch=40)
+    with torch.no_grad():
+        expected = block(given).map
+        monkeypatch.setattr(onednn, "conv", lambda map, weight, bias, like, relu=False: F.conv2d(map, weight))
+        onednn.fuses.cache_clear()
+        assert not onednn.fuses(torch.float32)
+        torch.testing.assert_close(block(given).map, expected)
+    onednn.fuses.cache_clear()
+
+
 def test_what_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every batch norm but those in front of the attention; none with gradients, in training, or with a hook."""
     runs = []

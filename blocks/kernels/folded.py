@@ -5,16 +5,26 @@ Folded anew in every call: a weight has few numbers beside what it is applied to
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocks.base import Act, Norm
-from blocks.kernels.linear import DTYPES, Linear, eager, linear, unhooked
-from blocks.mlp import ReLU
+from blocks.gates import NoGate
+from blocks.kernels import onednn
+from blocks.kernels.linear import DTYPES, Linear, eager, linear, linear_relu, precision, unhooked
+from blocks.mlp import Mlp, ReLU
 from blocks.norms import BatchNorm
+from blocks.residual import Residual
+
+# Pixels of the images that a stem takes at a time.
+PIXELS = 100_000
+
+# Numbers between the two layers of an MLP, at a time.
+HIDDEN = 2**20
 
 
 def folds(norm: nn.Module, x: Tensor, *others: nn.Module) -> bool:
@@ -40,19 +50,118 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, bn.bias - bn.running_mean * scale
 
 
+class Folded(NamedTuple):
+    """A convolution with the batch norm behind it."""
+
+    conv: nn.Conv2d
+    weight: Tensor
+    bias: Tensor
+    act: Act
+
+    def __call__(self, map: Tensor) -> Tensor:
+        relu, dtype = type(self.act) is ReLU, self.weight.dtype
+        if dtype in DTYPES and onednn.fuses(dtype):
+            map = onednn.conv(map.to(dtype), self.weight, self.bias, self.conv, relu)
+        else:
+            at = (self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups)
+            map = F.conv2d(map, self.weight, self.bias, *at)  # type: ignore[arg-type]
+            map = F.relu_(map) if relu else map
+        return map if relu else self.act(map)
+
+
+def conv_norm(conv: nn.Module, norm: Norm, act: Act, map: Tensor) -> Folded | None:
+    """`conv` and `norm` in one for maps like this; None where that is not possible."""
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return None
+    if not folds(norm, map, conv, act):
+        return None
+    scale, shift = scale_and_shift(norm)
+    bias = shift if conv.bias is None else shift + conv.bias * scale
+    dtype = precision(map)
+    return Folded(conv, (conv.weight * scale.view(-1, 1, 1, 1)).to(dtype), bias.to(dtype), act)
+
+
 def conv_norm_act(conv: nn.Module, norm: Norm, act: Act, map: Tensor) -> Tensor:
     """`act(norm(conv(map)))` on a map."""
-    if type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and folds(norm, map, conv, act):
-        scale, shift = scale_and_shift(norm)
-        bias = shift if conv.bias is None else shift + conv.bias * scale
-        weight = conv.weight * scale.view(-1, 1, 1, 1)
-        map = F.conv2d(map, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
-        return F.relu_(map) if type(act) is ReLU else act(map)
+    folded = conv_norm(conv, norm, act, map)
+    if folded is not None:
+        return folded(map)
     map = norm.on_map(conv(map))
     # A batch norm's backward does not look at what it gave, so there is no need for a second map.
     if type(act) is ReLU and type(norm) is BatchNorm and eager(map) and unhooked(norm, norm.bn, act):
         return F.relu_(map)
     return act(map)
+
+
+def convs_of_images(layers: Iterable[tuple[nn.Module, Norm, Act]], images: Tensor) -> Tensor:
+    """`conv_norm_act` of one layer behind the other on images, some at a time, so that maps stay in the cache."""
+    if not eager(images):  # the order in memory is the compiler's affair there, and on a GPU cuDNN's
+        for layer in layers:
+            images = conv_norm_act(*layer, images)
+        return images
+    layers, images = list(layers), images.contiguous(memory_format=torch.channels_last)
+    folded = [conv_norm(*layer, images) for layer in layers]
+    if not all(folded) or not len(images):
+        for layer in layers:
+            images = conv_norm_act(*layer, images)
+        return images
+    count = max(torch.get_num_threads(), PIXELS // (images.shape[2] * images.shape[3]), 1)
+    made: Tensor | None = None
+    for start in range(0, len(images), count):
+        map = images[start : start + count]
+        for each in folded:
+            assert each is not None
+            map = each(map)
+        if len(map) == len(images):
+            return map
+        if made is None:
+            made = map.new_empty((len(images), *map.shape[1:])).contiguous(memory_format=torch.channels_last)
+        made[start : start + count] = map
+    assert made is not None
+    return made
+
+
+def adds(residual: nn.Module) -> bool:
+    """Whether a residual is a mere sum here, and nobody looks at it."""
+    return (
+        type(residual) is Residual
+        and type(residual.gate) is NoGate
+        and residual.layer_scale is None
+        and residual.scale == 1.0
+        and not (residual.training and residual.rate > 0.0)
+        and unhooked(residual, residual.gate)
+    )
+
+
+def added(residual: nn.Module, x: Tensor, y: Tensor, last: nn.Module) -> Tensor:
+    """`residual(x, y)`, in the memory of `y` if that is what the Linear `last` has just made."""
+    if not (type(last) is Linear and unhooked(last) and eager(x, y) and adds(residual)) or x.shape != y.shape:
+        return residual(x, y)
+    if torch.promote_types(x.dtype, y.dtype) is not y.dtype or (y.requires_grad and y._is_view()):
+        return residual(x, y)
+    return y.add_(x)
+
+
+def mlp_onto(norm: Norm, mlp: nn.Module, x: Tensor) -> Tensor | None:
+    """`x + mlp(norm(x))` in the memory of `x`, without gradients; None where that is not possible.
+
+    In pieces, so that what is between the two layers stays in the cache.
+    """
+    if type(mlp) is not Mlp or not unhooked(mlp, *mlp.children()) or type(mlp.act) is not ReLU:
+        return None
+    if type(mlp.fc2) is not Linear or (mlp.drop.training and mlp.drop.p) or not x.is_contiguous():
+        return None
+    first = norm_into_linear(norm, mlp.fc1, x)
+    dtype = precision(x)
+    if first is None or x.dtype is not torch.promote_types(x.dtype, dtype):
+        return None
+    weight, bias = (t.to(dtype) for t in first)
+    weight2, bias2 = mlp.fc2.weight.to(dtype), None if mlp.fc2.bias is None else mlp.fc2.bias.to(dtype)
+    rows = x.view(-1, x.shape[-1])
+    count = max(onednn.ROWS, HIDDEN // mlp.fc1.out_features)
+    for piece in rows.split(count):
+        piece.add_(linear(linear_relu(piece, weight, bias), weight2, bias2))
+    return x
 
 
 def linear_norm(layer: nn.Module, norm: Norm, x: Tensor) -> Tensor | None:

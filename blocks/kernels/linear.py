@@ -70,6 +70,11 @@ def recomputable(make: Callable[..., Tensor], *parts: Tensor) -> Tensor:
     return made
 
 
+def precision(x: Tensor) -> torch.dtype:
+    """What a product with `x` is computed in on the CPU."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear(x, weight, bias)`."""
     if torch.compiler.is_compiling():
@@ -78,7 +83,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if flops <= onednn.FLOOR or not eager(x, weight, bias):
         return F.linear(x, weight, bias)
     cast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
+    dtype = precision(x)
     if dtype not in DTYPES or x.dtype not in DTYPES or weight.dtype not in DTYPES:
         return F.linear(x, weight, bias)
     same = x.dtype is weight.dtype is dtype
@@ -89,8 +94,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             recipe = None
         if (fast or cast or recipe is not None) and (same or cast):
             return _Linear.apply(x, weight, bias, dtype, fast, recipe)
-    elif fast:
-        return onednn.forward(x, weight, bias)
+    elif fast or (dtype is torch.bfloat16 and (same or cast) and onednn.fuses(dtype)):
+        return onednn.forward(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return F.linear(x, weight, bias)
 
 
@@ -108,6 +113,16 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     ):
         return None
     return onednn.forward_gelu(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`relu(linear(x, weight, bias))` of ordinary tensors on the CPU, without gradients."""
+    dtype = precision(x)
+    if dtype in DTYPES and weight.dtype in DTYPES:
+        flops = 2.0 * x.numel() * weight.shape[0]
+        if onednn.fuses(dtype) if dtype is torch.bfloat16 else x.dtype is weight.dtype and onednn.faster(flops):
+            return onednn.forward(x.to(dtype), weight.to(dtype), bias.to(dtype), relu=True)
+    return F.linear(x, weight, bias).relu_()
 
 
 def in_pieces(make: Callable[[Tensor], Tensor], x: Tensor, hidden: int) -> Tensor:

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocks.kernels.native import cache_folder
@@ -43,6 +43,15 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) 
 def forward_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.gelu(F.linear(x, weight, bias))`, in float32 or bfloat16."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+
+
+def conv(map: Tensor, weight: Tensor, bias: Tensor | None, like: nn.Conv2d, relu: bool = False) -> Tensor:
+    """`F.conv2d(map, weight, bias)` with the steps of `like`, and ReLU behind it; a channels_last map gives such a one.
+
+    Without torch's own choice, which with one thread and few images is a slow form.
+    """
+    at = (like.padding, like.stride, like.dilation, like.groups)
+    return torch.ops.mkldnn._convolution_pointwise(map, weight, bias, *at, "relu" if relu else "none", [], "")
 
 
 def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
@@ -97,6 +106,30 @@ def _smallest() -> float:
 def multiplies_bfloat16() -> bool:
     """Whether torch's own bfloat16 products are oneDNN's."""
     return _works() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@cache
+def fuses(dtype: torch.dtype) -> bool:
+    """Whether convolutions, and in bfloat16 matrix products, are oneDNN's for torch too, so that ReLU is free here."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    like = nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=2, device="meta")
+    shapes = ((2, 7, 6, 8), (5, 20), (12, 20), (12, 4, 3, 3), (12,))
+    map, x, weight, kernel, bias = (_draw(*shape).to(dtype) for shape in shapes)
+    map = map.permute(0, 3, 1, 2)
+    try:
+        if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        got = [forward(x, weight, bias, relu=True), forward(x, weight, None),
+               conv(map, kernel, bias, like, relu=True), conv(map, kernel, None, like)]  # fmt: skip
+    except (AttributeError, RuntimeError):
+        return False
+    map, x, weight, kernel, bias = (t.float() for t in (map, x, weight, kernel, bias))
+    with torch.autocast("cpu", enabled=False):
+        want = [F.linear(x, weight, bias).relu(), F.linear(x, weight),
+                F.conv2d(map, kernel, bias, 2, 1, 1, 2).relu(), F.conv2d(map, kernel, None, 2, 1, 1, 2)]  # fmt: skip
+    tolerance = 1e-4 if dtype is torch.float32 else 2**-7
+    return all(torch.allclose(a.float(), b, rtol=tolerance, atol=tolerance) for a, b in zip(got, want, strict=True))
 
 
 def _works() -> bool:
