@@ -32,6 +32,7 @@ from blocks.base import (
     to_map,
     tokens,
 )
+from blocks.kernels import branch
 from blocks.kernels.folded import added, adds, conv_norm_act, linear_norm, mlp_onto, norm_into_linear
 from blocks.kernels.linear import linear as linear_of
 from blocks.kernels.linear import unhooked
@@ -179,6 +180,8 @@ def last_layer(mixer: nn.Module) -> nn.Module:
 
 def added_mlp(residual: Residual, norm: Norm, mlp: FeedForward, x: Tensor, grid: Grid, fresh: bool = True) -> Tensor:
     """`residual(x, mlp(norm(x)))`; `fresh` says that nobody else has `x`."""
+    if branch.serves(residual, norm, mlp, x):
+        return branch.branch(residual, norm, mlp, x, grid)
     made = mlp_onto(norm, mlp, x) if fresh and adds(residual) else None
     if made is not None:
         return made

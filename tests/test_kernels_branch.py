@@ -1,0 +1,182 @@
+"""A branch of batch norm and MLP that is trained as one function, against its parts one by one and in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from blocks.base import Features, Site
+from blocks.kernels import branch, onednn
+from blocks.mlp import GELU, Mlp
+from blocks.nextvit import NCB, NTB
+from blocks.norms import BatchNorm, LayerNorm, NoNorm
+from blocks.residual import Residual
+from tests.contract import features, randomise
+
+BLOCKS: dict[str, Callable[[], NCB | NTB]] = {
+    "ncb": lambda: NCB(Site.at(32, 6)),
+    "ntb": lambda: NTB(Site.at(64, 6, dim=128), sr_ratio=2),
+}
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "blas"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By either library, and several pieces of a small batch."""
+    monkeypatch.setattr(onednn, "faster", lambda flops: request.param and onednn._works())
+    monkeypatch.setattr(onednn, "ROWS", 100)
+    monkeypatch.setattr(branch, "HIDDEN", 0)
+
+
+def block(name: str, drop_path: float = 0.0) -> NCB | NTB:
+    torch.manual_seed(0)
+    made = BLOCKS[name]()
+    randomise(made)
+    for part in made.modules():
+        if isinstance(part, Residual):
+            part.rate = drop_path
+    return made.train()
+
+
+def given(name: str, batch: int = 11) -> Tensor:
+    map = features(Site.at({"ncb": 32, "ntb": 64}[name], 6).inp, batch=batch).map
+    shift = torch.randn(1, map.shape[1], 1, 1, generator=torch.Generator().manual_seed(1))
+    return (map + shift).detach()
+
+
+def trained(made: nn.Module, map: Tensor, low: bool = False) -> dict[str, Tensor]:
+    """Result, gradients and statistics of one step."""
+    torch.manual_seed(2)
+    map = map.clone(memory_format=torch.preserve_format).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        out = made(Features(map)).map
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    (out * weight.to(out.dtype)).sum().backward()
+    found = {"result": out.detach(), "map": map.grad}
+    found |= {name: p.grad for name, p in made.named_parameters()} | dict(made.named_buffers())
+    assert all(value is not None for value in found.values())
+    return {name: value.double() for name, value in found.items() if value is not None}
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    return ((got - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("low", [False, True])
+def test_as_near_to_float64_as_the_parts(name: str, low: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, map = block(name), given(name)
+    exact = trained(copy.deepcopy(made).double(), map.double())
+    runs, run = [], branch.branch
+    monkeypatch.setattr(branch, "branch", lambda *args: runs.append(1) or run(*args))
+    map = map.bfloat16() if low else map
+    got = trained(copy.deepcopy(made), map, low)
+    assert runs
+    monkeypatch.setattr(branch, "serves", lambda *args: False)
+    plain = trained(made, map, low)
+    assert len(runs) == 1
+    for key, value in exact.items():
+        assert error(got[key], value) < 2 * error(plain[key], value) + (1e-2 if low else 1e-6), key
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_drops_the_same_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, map = block(name, 0.5), given(name)
+    got = trained(copy.deepcopy(made), map)
+    monkeypatch.setattr(branch, "serves", lambda *args: False)
+    torch.testing.assert_close(got["result"], trained(made, map)["result"], rtol=1e-4, atol=1e-4)
+
+
+def test_keeps_less() -> None:
+    """The input and what ReLU gave, and not what the norm gave."""
+    made, x = NCB(Site.at(32, 6)).train(), torch.randn(11, 36, 32, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    parts = (made.mlp_residual, made.norm, made.mlp)
+    assert branch.serves(*parts, x)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        branch.branch(*parts, x, (6, 6))
+    small = sum(p.numel() for p in (*made.mlp.parameters(), *made.norm.parameters())) + 2 * 32
+    assert sum(kept.values()) == 4 * (11 * 36 * (32 + 96) + small)
+
+
+@pytest.mark.usefixtures("products")
+def test_differentiated_twice() -> None:
+    made, x = NCB(Site.at(32, 2)).train(), torch.randn(3, 4, 32)
+    parts = (made.mlp_residual, made.norm, made.mlp)
+
+    def penalty(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        x = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        return second
+
+    got = penalty(x, lambda x: branch.branch(*parts, x, (2, 2)))
+    double = copy.deepcopy(made).double()
+    want = penalty(x.double(), lambda x: x + double.mlp(double.norm(x), (2, 2)))
+    assert error(got.double(), want) < 1e-5
+
+
+def test_under_checkpointing() -> None:
+    """Gradients are the same, and statistics are counted as torch counts them: once more."""
+    made, map = block("ncb"), given("ncb")
+    again = copy.deepcopy(made)
+    plain = trained(made, map)
+    x = map.clone(memory_format=torch.preserve_format).requires_grad_()
+    out = checkpoint(lambda x: again(Features(x)).map, x, use_reentrant=False)
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), plain["map"])
+    assert again.norm.bn.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("change", [
+    lambda b: b.eval(),
+    lambda b: b.norm.bn.eval(),
+    lambda b: setattr(b.norm.bn, "momentum", None),
+    lambda b: setattr(b, "norm", nn.SyncBatchNorm.convert_sync_batchnorm(b.norm)),
+    lambda b: setattr(b, "norm", LayerNorm(32)),
+    lambda b: setattr(b, "norm", NoNorm(32)),
+    lambda b: setattr(b.mlp, "act", GELU()),
+    lambda b: setattr(b.mlp, "fc1", nn.Linear(32, 96)),
+    lambda b: setattr(b.mlp.drop, "p", 0.1),
+    lambda b: setattr(b, "mlp_residual", partial(Residual, layer_scale=0.1)(Site.at(32, 6))),
+    lambda b: b.mlp.fc2.register_forward_hook(lambda *args: None),
+    lambda b: b.norm.bn.register_full_backward_hook(lambda *args: None),
+    lambda b: b.double(),
+    lambda b: b.bfloat16(),
+])  # fmt: skip
+def test_what_it_does_not_serve(change: Callable[[NCB], object]) -> None:
+    made, x = NCB(Site.at(32, 6)).train(), torch.randn(11, 36, 32)
+    assert branch.serves(made.mlp_residual, made.norm, made.mlp, x)
+    change(made)
+    assert not branch.serves(made.mlp_residual, made.norm, made.mlp, x)
+
+
+def test_which_tokens_it_does_not_serve() -> None:
+    made, x = NCB(Site.at(32, 6)).train(), torch.randn(11, 36, 32)
+    parts = (made.mlp_residual, made.norm, made.mlp)
+    assert not branch.serves(*parts, x.double())
+    assert not branch.serves(*parts, x.to("meta"))
+    assert not branch.serves(*parts, x[:1, :1])
+    assert not branch.serves(*parts, x.transpose(0, 1))
+    with torch.no_grad():
+        assert not branch.serves(*parts, x)
+    with torch.autocast("cpu", torch.bfloat16):  # the sum would be in float32
+        assert not branch.serves(*parts, x)
+        assert branch.serves(*parts, x.bfloat16())
+    made.requires_grad_(False)
+    assert not branch.serves(*parts, x)
+    assert isinstance(made.norm, BatchNorm)
+    assert isinstance(made.mlp, Mlp)
