@@ -16,9 +16,14 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
 
     Source: stochastic depth, arXiv 1603.09382, as timm's `drop_path`.
     """
+    return x * kept(x, rate)
+
+
+def kept(x: Tensor, rate: float) -> Tensor:
+    """What `drop_path` multiplies the samples of `x` by."""
     keep = 1.0 - rate
     mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-    return x * mask.div_(keep)
+    return mask.div_(keep)
 
 
 class Residual(nn.Module):
@@ -46,6 +51,8 @@ class Residual(nn.Module):
         if self.scale != 1.0:
             y = y * self.scale
         if self.training and self.rate > 0.0:
+            if x.dtype is y.dtype:
+                return torch.addcmul(x, y, kept(y, self.rate))
             y = drop_path(y, self.rate)
         return x + y
 
