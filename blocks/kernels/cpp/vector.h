@@ -69,16 +69,17 @@ inline __m128 fold(V a) { return _mm256_castps256_ps128(a) + _mm256_extractf128_
 
 constexpr float LOG2E = 1.44269504f;
 
-// 2^x for x ≤ 0, to 1e-7; NaN stays NaN.
+// 2^x for x ≤ 0, to half a unit of float32; NaN stays NaN.
 inline V exp2(V x) {
   const V magic = set(12582912.0f);  // adding it rounds to a whole number, which then lies in the low bits
   x = max(set(-126.0f), x);
   V z = x + magic, r = x - (z - magic);
-  V p = fma(set(1.327647152e-03f), r, set(9.675541331e-03f));
-  p = fma(p, r, set(5.550713275e-02f));
-  p = fma(p, r, set(2.402211972e-01f));
-  p = fma(p, r, set(6.931469671e-01f));
-  return scale2(fma(p, r, set(1.000000072f)), z);
+  V p = fma(set(1.534410565e-04f), r, set(1.340546139e-03f));
+  p = fma(p, r, set(9.618545203e-03f));
+  p = fma(p, r, set(5.550312806e-02f));
+  p = fma(p, r, set(2.402264570e-01f));
+  p = fma(p, r, set(6.931472146e-01f));
+  return scale2(fma(p, r, set(1.0f)), z);
 }
 
 // The normal distribution's Φ(x), to 1.5e-7: ½ + x·q(x²), a minimax polynomial on ±5.2, the last value outside.
