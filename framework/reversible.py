@@ -105,7 +105,7 @@ class Reversible:
         return tuple(new)
 
     def precision(self) -> torch.autocast:
-        """Autocast as in the forward pass, without its cache: copies of weights made here have no gradients."""
+        """Autocast as in the forward pass, without its cache, which would keep a copy of every weight."""
         kind, dtype, enabled = self.autocast
         return torch.autocast(kind, dtype, enabled, cache_enabled=False)
 

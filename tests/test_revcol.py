@@ -305,8 +305,10 @@ def test_it_may_run_backward_again_or_in_part() -> None:
         out = net(images())
         assert out.extra is not None
         last, first = read(Features(out.map)), read(Features(out.extra[QUARTERS[0]]))
-        weights = list(net.columns[0].parameters())
-        parts = [torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True) for loss in (last, first)]
+        parts = []
+        for loss, number in ((last, 2), (last, 0), (first, 0)):
+            weights = list(net.columns[number].parameters())
+            parts.append(torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True))
         (first + last).backward(retain_graph=True)
         first.backward()
         found.append(parts)
@@ -345,12 +347,15 @@ def test_frozen_parts_stay_without_gradients() -> None:
 def test_under_autocast() -> None:
     nets = [columns(4, reversible).train() for reversible in (True, False)]
     for net in nets:
-        torch.manual_seed(5)
-        with torch.autocast("cpu", torch.bfloat16):
-            out = net(images(dtype=torch.float32))
-        assert out.map.dtype == torch.float32
-        with torch.autocast("cpu", torch.bfloat16, enabled=net is nets[1]):  # wherever the backward pass stands
-            read(out).backward()
+        for inside in (False, True):  # wherever the backward pass stands
+            torch.manual_seed(5)
+            with torch.autocast("cpu", torch.bfloat16):
+                out = net(images(dtype=torch.float32))
+                assert out.map.dtype == torch.float32
+                if inside:
+                    read(out).backward()
+            if not inside:
+                read(out).backward()
     for name, got in grads(nets[0]).items():
         want = grads(nets[1])[name]
         assert got is not None
