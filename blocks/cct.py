@@ -18,7 +18,7 @@ from blocks.mlp import ReLU
 from blocks.norms import NoNorm
 from blocks.stems import PatchStem
 
-SOURCE = "Compact Transformers, arXiv 2104.05704; SHI-Labs/Compact-Transformers"
+SOURCE = "Compact Transformers, arXiv 2104.05704; SHI-Labs/Compact-Transformers (Apache-2.0)"
 
 
 class ConvTokenizer(Block):

@@ -43,10 +43,10 @@ class ConvAttention(Mixer):
     Raises:
         BuildError: `heads` does not divide the width, or the stride is below 1.
 
-    Source: CvT, arXiv 2103.15808, section 3.2; microsoft/CvT lib/models/cls_cvt.py, class Attention (MIT).
+    Source: CvT, arXiv 2103.15808, section 3.2; microsoft/CvT lib/models/cls_cvt.py, class Attention.
     """
 
-    source = "CvT, arXiv 2103.15808; microsoft/CvT (MIT)"
+    source = "CvT, arXiv 2103.15808; microsoft/CvT"
 
     def __init__(
         self,

@@ -43,7 +43,7 @@ class SigmoidGate(Gate):
     Source: arXiv 1709.01507; on tokens as in yitu-opensource/T2T-ViT models/transformer_block.py.
     """
 
-    source = "SE-Net, arXiv 1709.01507; yitu-opensource/T2T-ViT"
+    source = "SE-Net, arXiv 1709.01507; yitu-opensource/T2T-ViT (Clear BSD)"
 
     def __init__(self, dim: int, reduction: int = 16, bias: bool = False) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ from blocks.norms import BatchNorm
 from blocks.positions import NetPosition
 from blocks.residual import Residual, ResidualFactory
 
-SOURCE = "Next-ViT, arXiv 2207.05501; bytedance/Next-ViT"
+SOURCE = "Next-ViT, arXiv 2207.05501; bytedance/Next-ViT (Apache-2.0)"
 
 
 class MHCA(Mixer):

@@ -1,6 +1,6 @@
 """RevCol's parts: what joins the levels of neighbouring columns, and what supervises columns before the last.
 
-Paper: arXiv 2212.11696. Code: megvii-research/RevCol (Apache-2.0) models/revcol.py and modules.py. The columns
+Paper: arXiv 2212.11696. Code: megvii-research/RevCol models/revcol.py and modules.py. The columns
 themselves, which take any blocks, are the backbone `Columns`.
 """
 

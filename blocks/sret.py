@@ -29,7 +29,7 @@ from blocks.mlp import Mlp
 from blocks.norms import LayerNorm
 from blocks.residual import LearnedResidual, ResidualFactory
 
-SOURCE = "SReT, arXiv 2111.05297; szq0214/SReT"
+SOURCE = "SReT, arXiv 2111.05297; szq0214/SReT (MIT)"
 
 
 class SlicedAttention(Attention):

@@ -66,7 +66,7 @@ class ConvStem(Block):
     2111.05297.
     """
 
-    source = "Next-ViT, arXiv 2207.05501; bytedance/Next-ViT"
+    source = "Next-ViT, arXiv 2207.05501; bytedance/Next-ViT (Apache-2.0)"
     counts = False
 
     def __init__(

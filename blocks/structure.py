@@ -245,7 +245,7 @@ class Recursive(Block):
     Source: SReT, arXiv 2111.05297, section 3; szq0214/SReT.
     """
 
-    source = "SReT, arXiv 2111.05297; szq0214/SReT"
+    source = "SReT, arXiv 2111.05297; szq0214/SReT (MIT)"
 
     def __init__(self, site: Site, block: BlockFactory, times: int = 2, after: BlockFactory = Identity) -> None:
         super().__init__()

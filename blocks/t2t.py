@@ -34,7 +34,7 @@ from blocks.mlp import Mlp
 from blocks.norms import LayerNorm
 from blocks.residual import Residual, ResidualFactory
 
-SOURCE = "T2T-ViT, arXiv 2101.11986; yitu-opensource/T2T-ViT"
+SOURCE = "T2T-ViT, arXiv 2101.11986; yitu-opensource/T2T-ViT (Clear BSD)"
 
 
 class SoftSplit(Block):
@@ -102,7 +102,7 @@ class PerformerAttention(Mixer):
     Source: Performer, arXiv 2009.14794; yitu-opensource/T2T-ViT models/token_performer.py.
     """
 
-    source = "Performer, arXiv 2009.14794; yitu-opensource/T2T-ViT"
+    source = "Performer, arXiv 2009.14794; yitu-opensource/T2T-ViT (Clear BSD)"
     per_token = True
 
     w: Tensor
