@@ -250,11 +250,11 @@ def check_checkpointing(cls: type[Block], case: Case) -> None:
 
 
 def check_compile(cls: type[Block], case: Case) -> None:
-    """One graph without a break, which computes the same."""
+    """One graph without a break, which computes the same: up to rounding, for only outside of it kernels are ours."""
     torch._dynamo.reset()
     block = build(cls, case)
     given = features(case.site.inp)
-    assert_same(torch.compile(block, fullgraph=True, backend="eager")(given), block(given))
+    assert_same(torch.compile(block, fullgraph=True, backend="eager")(given), block(given), 1e-5)
 
 
 def check_export(cls: type[Block], case: Case) -> None:
@@ -266,7 +266,7 @@ def check_export(cls: type[Block], case: Case) -> None:
     file.seek(0)
     out = torch.export.load(file).module()(given)
     assert isinstance(out, Features)
-    assert_same(out, block(given), 1e-6)
+    assert_same(out, block(given), 1e-5)
 
 
 def check_keep(cls: type[Block], case: Case) -> None:
