@@ -102,7 +102,7 @@ class Columns(Backbone):
         reversible: whether training works out the maps of all columns but the last again in its backward pass, in
             place of keeping them: the same gradients but for rounding, one more forward pass. Weights of 16 bits,
             sharded ones (FSDP2) and whatever a compiler traces are trained plainly.
-        norm: the norm behind the last level's last column; RevCol has one behind the mean, in its head.
+        norm: the norm behind the last column's last level; RevCol has one behind the mean, in its head.
 
     Raises:
         BuildError: the parts do not fit together, or the stem gives more than a map.
