@@ -85,7 +85,7 @@ class Columns(Backbone):
 
     The stem feeds the first level of every column. A level joins the one below it in its column with the one above it
     in the column before (`fusion`), runs its blocks, and adds α times itself in the column before. Levels pass on their
-    map alone: words and prefix tokens that a pattern makes live and end in their level.
+    map alone: words that a pattern makes end in their level, and prefix tokens are refused.
 
     Its pyramid has the levels of the last column. With a multiple of 4 columns the final features carry, in `extra`,
     the last level's maps behind each quarter of them but the last (`QuarterHead`, `Reconstruction`).

@@ -30,6 +30,7 @@ from blocks.transformer import Encoder
 from framework.backbones import Pyramid, Stage
 from framework.bench.memory import saved_bytes
 from framework.columns import ColumnLevel, Columns
+from framework.config import compose
 from framework.data.base import Image
 from framework.errors import ConfigError
 from framework.objectives import (
@@ -40,8 +41,10 @@ from framework.objectives import (
     Step,
     TimmTeacher,
 )
+from framework.run import train
 from framework.tasks import Classification
 from framework.weights import convert
+from tests.conftest import EXPERIMENTS
 from tests.contract import assert_channels_last, randomise
 from tests.vectors import Net, Vector, assert_near, load, shapes
 
@@ -527,6 +530,22 @@ def test_its_loss_is_the_authors() -> None:
 def test_supervision_needs_its_parts(head: Any, term: Any, count: int, message: str) -> None:
     with pytest.raises(BuildError, match=message):
         Classification(partial(Columns, **LITTLE, columns=count), Image(16), 5, head, objectives={"term": term})
+
+
+def test_it_is_trained_on_pixels_before_normalisation(tmp_path: Path) -> None:
+    terms = {"labels": "CrossEntropy", "earlier": "IntermediateCrossEntropy", "pixels": "Reconstruction"}
+    chosen = {"model.head": "QuarterHead", "model.objectives": terms, "trainer.fast_dev_run": True}
+    trainer = train(tmp_path, compose([EXPERIMENTS / "base/revcol_digits.yaml"], chosen), bar=False)
+    logged, task = trainer.callback_metrics, trainer.lightning_module
+    factors = [logged[f"weight/{name}"] for name in terms]
+    assert factors == [1.0, pytest.approx(0.7), 3.0]
+    values = [float(logged[f"train/{name}"] * factor) for name, factor in zip(terms, factors, strict=True)]
+    assert float(logged["train/loss"]) == pytest.approx(sum(values), rel=1e-4)
+    data = trainer.datamodule.split("train")  # type: ignore[attr-defined]
+    assert torch.equal(task.objectives["pixels"].mean.flatten(), data.mean)  # type: ignore[union-attr, index]
+    assert torch.equal(task.objectives["pixels"].std.flatten(), data.std)  # type: ignore[union-attr, index]
+    assert data.mean.item() > 0
+    assert not [key for key in task.state_dict() if key.endswith((".mean", ".std"))]
 
 
 def test_weights_without_supervision_s_parts() -> None:
