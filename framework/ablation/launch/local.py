@@ -28,7 +28,7 @@ from framework.ablation.launch.work import (
 from framework.errors import ConfigError
 
 # What every run needs and takes seconds to import: the fork server does it once for all.
-PRELOAD = ["torch", "lightning.pytorch", "framework.run"]
+PRELOAD = ["torch", "lightning.pytorch", "torch._dynamo", "framework.run"]
 
 # Seconds that a run has to write its checkpoint once it is told to stop.
 GRACE = 30.0
