@@ -284,7 +284,7 @@ def test_a_word_that_yaml_reads_as_no_name_is_refused(write: Write, word: str) -
         ("model.backbone.stem.dims", [8, "x"], "model.backbone.stem.dims[1]: expected a whole number, got 'x'"),
         ("model.optimizer.betas", [0.9], "expected [float, float], got [0.9]"),
         ("model.optimizer", {"class_path": "SGD", "lr": 1}, "model.optimizer.lr: stands beside class_path"),
-        ("model.backbone", "Composed", "unknown Backbone 'Composed' (allowed: Columns, Isotropic, Pyramid, TimmBackbone)"),
+        ("model.backbone", "Composed", "unknown Backbone 'Composed' (allowed: Columns, Isotropic, Pyramid"),
         ("model.objectives.ce.weight", 2, "model.objectives.ce: names no Objective"),
         ("trainer.max_epoch", 2, "Trainer has no such argument (did you mean 'max_epochs'?"),
     ],
