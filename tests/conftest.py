@@ -20,7 +20,10 @@ REPO = Path(__file__).parent.parent
 EXPERIMENTS = REPO / "experiments"
 CONFIGS = REPO / "tests/configs"
 
-torch.set_num_threads(1)  # pytest-xdist runs one process for each core
+torch.set_num_threads(1)  # pytest-xdist runs several processes
+
+# The processes that tests start import the same libraries again and again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(autouse=True)
