@@ -1,7 +1,9 @@
 """Scaled dot-product attention by the form that is fastest for the device, the precision and the size.
 
-torch's own is, but on the CPU not in bfloat16 (half as fast forward, a third to a tenth forward and backward), and not
-with heads of 16 channels or fewer on short sequences in training. There it is matrix products and a softmax.
+On the CPU that is a kernel in C++ (`cpp/attention.cpp`), forward and backward, which keeps two numbers for each row of
+the softmax. Where it does not serve (a bias, dropout, long sequences, no compiler) torch's own is, but not in bfloat16
+(half as fast forward, a third to a tenth forward and backward), and not with heads of 16 channels or fewer on short
+sequences in training: there it is matrix products and a softmax.
 """
 
 from __future__ import annotations
@@ -15,11 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blocks.kernels import native
-from blocks.kernels.linear import DTYPES, eager, recorded
+from blocks.kernels.linear import DTYPES, eager, precision, recorded
 
 # In float32, heads this narrow on sequences this short train faster without torch's kernel.
 NARROW, SHORT = 16, 64
-
 
 # In float32, fewer queries than this are not worth bringing keys and values into the kernel's order.
 FEW = 6
@@ -30,7 +31,7 @@ MOST_KEYS, MOST_CHANNELS = 1024, 256
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, drop: float = 0.0) -> Tensor:
     """`dropout(softmax(q kᵀ/√d + bias)) v` of `(B, heads, N, d)` queries and `(B, heads, M, d)` keys and values."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
+    dtype = precision(q)
     low = dtype is torch.bfloat16 and q.dtype is not torch.float64
     if low:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -54,11 +55,7 @@ def attend_joined(qkv: Tensor) -> Tensor:
     """`attend` over `(B, N, 3, heads, d)`, whose gradient then comes in one piece."""
     q, k, v = split([qkv])
     wanted = torch.is_grad_enabled() and qkv.requires_grad
-    if (
-        wanted
-        and (not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") is qkv.dtype)
-        and serves(q, k, v)
-    ):
+    if wanted and precision(qkv) is qkv.dtype and serves(q, k, v):
         return _Fused.apply(qkv).transpose(1, 2)
     return attend(q, k, v)
 

@@ -105,7 +105,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return None
     flops = 2.0 * x.numel() * weight.shape[0]
     cast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
+    dtype = precision(x)
     if flops <= onednn.FLOOR or x.dtype not in DTYPES or not (cast or x.dtype is weight.dtype):
         return None
     if not (
