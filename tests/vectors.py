@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from blocks.attention import Attention
 from blocks.base import Features, Position, tokens
+from blocks.convnext import ConvNeXt
 from blocks.gates import TanhGate
 from blocks.heads import AveragePoolHead, ClassTokenHead, DistilledHead, HeadFactory
 from blocks.nextvit import NCB, NTB
 from blocks.norms import BatchNorm, LayerNorm
 from blocks.positions import LearnedPosition
 from blocks.residual import Residual
+from blocks.revcol import Fusion
 from blocks.stems import ConvStem, PatchStem
+from blocks.structure import ConvEmbed
 from blocks.tnt import TNT, SentenceStem
 from blocks.transformer import Encoder
 from framework.backbones import Backbone, Isotropic, Pyramid, Stage
@@ -38,6 +41,13 @@ TOLERANCE = 1e-9
 
 # What official names of parameters and buffers begin with.
 STATE = ("sd.", "state.")
+
+
+# RevCol's parts.
+NORM = partial(LayerNorm, eps=1e-6)
+CNX = partial(ConvNeXt, norm=NORM, residual=partial(Residual, layer_scale=1e-6))
+STEM = partial(PatchStem, patch=4, prefix=0, norm=NORM)
+FUSION = partial(Fusion, down=partial(ConvEmbed, norm=NORM), norm=NORM)
 
 
 @dataclass(frozen=True)
