@@ -29,8 +29,8 @@ from torchvision.transforms import v2
 
 from framework.bench import report
 from framework.bench.harness import CLOCKS, Candidate, Section, cpu_time, cuda_time, race, threads, wall_time
-from framework.cli import quiet
 from framework.data.memory import MemorySet
+from framework.process import prepare
 
 # Size, channels, crop.
 SETS = ((8, 1, 1), (28, 1, 2), (32, 3, 4))
@@ -85,7 +85,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=21, metavar="N", help="how often each is timed (default: 21)")
     args = parser.parse_args()
-    quiet()
+    prepare()
     there = torch.cuda.is_available()
     stopwatch = cuda_time if there else cpu_time if args.threads == 1 else wall_time
     notes = [] if there else ["ours, device: there is no CUDA device here"]

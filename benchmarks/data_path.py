@@ -28,11 +28,11 @@ from torch.utils.data import DataLoader
 
 from framework.bench import report
 from framework.bench.harness import CLOCKS, Candidate, Section, cpu_time, cuda_time, race, threads
-from framework.cli import quiet
 from framework.data.augment import posterize
 from framework.data.base import Order
 from framework.data.pictures import PictureSet
 from framework.data.torchvision import Torchvision
+from framework.process import prepare
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 CLASSES, EACH = 4, 32
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="how often each is timed (default: 10)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images at a time (default: 32)")
     args = parser.parse_args()
-    quiet()
+    prepare()
     before, found = report.circumstances(), []
     with tempfile.TemporaryDirectory() as folder, threads(1):
         root = Path(folder)

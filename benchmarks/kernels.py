@@ -39,7 +39,7 @@ from blocks.transformer import Encoder
 from framework.bench import equal, report
 from framework.bench.harness import CLOCKS, Candidate, Section, cpu_time, race, threads, wall_time
 from framework.bench.nets import DTYPES
-from framework.cli import quiet
+from framework.process import prepare
 
 # Token sets, words, width, heads: TNT-S at batch 8, then small TNTs.
 INNER = [(1568, 16, 24, 4), (2048, 16, 12, 2), (2048, 4, 24, 4), (2048, 4, 12, 2), (392, 64, 24, 4)]
@@ -193,7 +193,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="how often each is timed (default: 10)")
     args = parser.parse_args()
-    quiet()
+    prepare()
     keep_memory()
     torch.manual_seed(0)
     before, found = report.circumstances(), []

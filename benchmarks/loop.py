@@ -34,10 +34,10 @@ from blocks.base import Features, Shape
 from framework.backbones import Backbone
 from framework.bench import report
 from framework.bench.harness import Candidate, Section, Spread, Timing, race, threads, told
-from framework.cli import quiet
 from framework.config import compose, dump
 from framework.data import Digits
 from framework.data.base import Image
+from framework.process import prepare
 from framework.run import train
 
 BATCH, SIZE, CLASSES = 16, 8, 10
@@ -195,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="how often each is timed (default: 7)")
     args = parser.parse_args()
-    quiet()
+    prepare()
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TERM", "xterm")
     before = report.circumstances()

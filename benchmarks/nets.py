@@ -18,8 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from framework.cli import add_bench, quiet
+from framework.cli import add_bench
 from framework.errors import ConfigError, suggest
+from framework.process import prepare
 
 ZOO = Path(__file__).resolve().parents[1] / "experiments/zoo"
 
@@ -61,7 +62,7 @@ def main() -> int:
     parser.add_argument("--nets", default=",".join(NETS), metavar="NAME,…", help="(default: %(default)s)")
     add_bench(parser)
     args = parser.parse_args()
-    quiet()
+    prepare()
     try:
         run(args)
     except ConfigError as error:

@@ -27,9 +27,9 @@ from framework.bench.equal import Unequal
 from framework.bench.harness import Candidate, Section, race, threads
 from framework.bench.memory import peak
 from framework.bench.nets import Form, Ours, Setting, formed, images_for, loss, step
-from framework.cli import quiet
 from framework.config import compose
 from framework.errors import ConfigError
+from framework.process import prepare
 
 ZOO = Path(__file__).resolve().parents[1] / "experiments/zoo"
 
@@ -102,7 +102,7 @@ def main() -> int:
     add("--threads", type=int, default=1, metavar="N", help="with 1, CPU time is measured, else wall time (default: 1)")
     add("--rounds", type=int, default=3, metavar="N", help="how often each is timed (default: 3)")
     args = parser.parse_args()
-    quiet()
+    prepare()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # of the processes that peaks are measured in
     before, found = report.circumstances(), []
     setting = Setting("training", args.dtype, args.batch, args.threads, args.device)

@@ -6,10 +6,10 @@ import argparse
 import importlib
 import os
 import sys
-import warnings
 from typing import NoReturn
 
 from framework.errors import ConfigError, nearest, suggest
+from framework.process import prepare
 
 SECTIONS = ("model", "data", "trainer", "seed", "name", "weights", "ablation", "launcher")
 EXAMPLES = """\
@@ -190,23 +190,6 @@ def split_overrides(rest: list[str], options: list[str]) -> dict[str, str]:
     return found
 
 
-def quiet() -> None:
-    """Library warnings that tell a user of this program nothing."""
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    for text in (
-        ".*does not have many workers.*",
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*srun.*command is available.*",
-        ".*Checkpoint directory.*exists and is not empty.*",
-        ".*lr_scheduler.step.*before.*optimizer.step.*",
-        ".*number of training batches.*smaller than the logging interval.*",
-        ".*Initializing zero-element tensors.*",
-        ".*No complete tensor found in the group.*",
-        ".*deprecated.*",
-    ):
-        warnings.filterwarnings("ignore", message=text)
-
-
 def main(argv: list[str]) -> int:
     """Runs one command. Gives the exit code: 0, 2 for a mistake that a user can mend, 130 for Ctrl-C."""
     try:
@@ -220,7 +203,7 @@ def main(argv: list[str]) -> int:
             args.settings = split_overrides(rest, list(command._option_string_actions))
         elif rest:
             raise ConfigError(f"unexpected {rest[0]!r}; see python cli.py {args.command} --help")
-        quiet()
+        prepare()
         return importlib.import_module(f"framework.commands.{args.module}").run(args) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from framework.bench.harness import Act
 from framework.bench.nets import Entrant, Form, Setting, formed, step
+from framework.process import keep_freed
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -76,6 +77,7 @@ def peak(entrant: Entrant, form: Form, setting: Setting) -> int | None:
 
 
 def _peak(entrant: Entrant, form: Form, setting: Setting) -> int | None:
+    keep_freed()
     torch.set_num_threads(setting.threads)
     act = step(formed(entrant.make(), form, setting), form, setting, entrant.image)
     act()  # what stays: the optimizer's state, caches of the libraries

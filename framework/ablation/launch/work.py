@@ -17,8 +17,8 @@ from typing import NoReturn
 
 from framework.ablation.lock import hold, turn
 from framework.ablation.state import read_status, write_status
-from framework.cli import quiet
 from framework.errors import reason
+from framework.process import prepare
 
 Task = Callable[[Path], None]
 
@@ -41,7 +41,7 @@ def work(folder: Path, task: Task, job: str = "", rank: int = 0) -> bool:
     Returns:
         False if another process has the folder; nothing was done then.
     """
-    quiet()
+    prepare()
     if rank:
         if mine := _wait_for_first(folder, job):
             task(folder)
