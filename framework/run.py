@@ -24,10 +24,11 @@ from framework.checkpoints import Kept, WholeFiles, read_checkpoint
 from framework.config import compose, dump
 from framework.construct import Workbench, complete
 from framework.data import splits
-from framework.errors import ConfigError
+from framework.errors import ConfigError, suggest
 from framework.loop import Unprofiled, passed_over
 from framework.measure import meta_model
 from framework.provenance import write_provenance
+from framework.tasks.base import Task
 from framework.weights.transfer import source, start_from
 
 HANDED = "TESSERA_RUN_FOLDER"
@@ -134,7 +135,17 @@ def check(document: Mapping[str, Any], checkpoint: Path | None = None) -> None:
             )
     elif document.get("weights"):
         start_from(model, source(document["weights"]))
-    Workbench(complete(document)).make_trainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
+    bench = Workbench(complete(document))
+    check_watched(bench.make_trainer(logger=False, enable_progress_bar=False, enable_model_summary=False), model)
+
+
+def check_watched(trainer: Trainer, model: Task) -> None:
+    """Raises ConfigError where a callback watches a metric that the model does not log."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        watched = getattr(callback, "monitor", None)
+        if model.logged and watched is not None and watched not in model.logged:
+            hint = suggest(watched, model.logged)
+            raise ConfigError(f"trainer.callbacks: {type(callback).__name__} watches {watched!r} ({hint})")
 
 
 def hparams(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,6 +218,7 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
     if given.get("logger") in (None, True):
         arguments["logger"] = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
     trainer = bench.make_trainer(callbacks=callbacks, **arguments)
+    check_watched(trainer, model)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeFiles()
     try:

@@ -94,6 +94,10 @@ MISTAKES: dict[str, tuple[str, list[Any], list[str]]] = {
     "wrong trainer type": ("fit", [TNT, "--trainer.max_epochs=many"], ["trainer.max_epochs: expected", "'many'"]),
     "wrong trainer value": ("fit", [TNT, "--trainer.accelerator=gpux"], ["trainer: ", "'gpux'", "cpu"]),
     "wrong trainer value of its own kind": ("fit", [TNT, "--trainer.val_check_interval=x"], ["trainer: ", "'x'"]),
+    "metric of a callback": ("fit",
+        [TNT, "--trainer.callbacks=[{class_path: lightning.pytorch.callbacks.EarlyStopping, "
+              "init_args: {monitor: val/los}}]"],
+        ["trainer.callbacks: EarlyStopping watches 'val/los' (did you mean 'val/loss'?"]),
     "no length": ("fit", [EXPERIMENTS / "zoo/deit_ti.yaml", "--trainer.max_epochs=null"],
         ["trainer.max_epochs: nothing says how long to train"]),
     "data files missing": ("fit", [EXPERIMENTS / "zoo/deit_ti.yaml", "--trainer.max_epochs=1", "--data.root=/nowhere"],

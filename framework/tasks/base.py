@@ -19,10 +19,12 @@ class Task(LightningModule, ABC):
 
     Attributes:
         backbone: the net under it.
+        logged: names of the metrics that a fit logs each epoch, which callbacks may watch; none where it does not tell.
         latest: what a progress bar shows of the last steps, beside what was logged for it.
     """
 
     backbone: Backbone
+    logged: frozenset[str] = frozenset()
     latest: Mapping[str, float] = {}
 
     @abstractmethod

@@ -94,7 +94,8 @@ class Classification(Task):
         if len(self.objectives) > 1:
             names += [f"{kind}/{name}" for kind in ("train", "weight") for name in self.objectives]
         self.means = nn.ModuleDict({name: Mean() for name in names})
-        self._logged: set[str] = set()  # those of `means` that Lightning knows of in this epoch
+        self.logged = frozenset({"lr", *(name for name in names if not name.startswith("test/"))})
+        self._known: set[str] = set()  # those of `means` that Lightning knows of in this epoch
         self._sums: dict[str, list[Tensor]] = {}  # of a checkpoint
 
     @property
@@ -157,10 +158,10 @@ class Classification(Task):
         """Adds to the means over the epoch what the images of a batch add up to."""
         for name, total in sums.items():
             mean = cast(Mean, self.means[name])
-            if name in self._logged:
+            if name in self._known:
                 mean.add(total, count)
             else:
-                self._logged.add(name)
+                self._known.add(name)
                 mean.update(total, count)
                 self.log(name, mean, on_step=False, on_epoch=True, prog_bar=name == "val/acc1")
 
@@ -176,7 +177,7 @@ class Classification(Task):
         """Starts the means of these stages anew."""
         for name, mean in self._means(*stages):
             mean.reset()
-            self._logged.discard(name)
+            self._known.discard(name)
 
     def _means(self, *stages: str) -> Iterator[tuple[str, Mean]]:
         return ((name, cast(Mean, mean)) for name, mean in self.means.items() if name.startswith(stages))
