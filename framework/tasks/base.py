@@ -47,6 +47,8 @@ class Task(LightningModule, ABC):
         called = [part for name, part in self.named_children() if name != "objectives"]
         called += list(getattr(self, "objectives", {}).values())
         for part in (*blocks, *called):
+            for parameter in part.parameters():  # kernels of convolutions are in channels_last, which FSDP2 refuses
+                parameter.data = parameter.data.contiguous()
             if any(True for _ in part.parameters()):
                 fully_shard(part, mesh=mesh["data_parallel"])
         self._sharded = True
