@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -69,30 +70,44 @@ inline __m128 fold(V a) { return _mm256_castps256_ps128(a) + _mm256_extractf128_
 
 constexpr float LOG2E = 1.44269504f;
 
+// What the next two do is a long chain for each vector: steps of several vectors in turn keep the processor busy.
+#define EACH _Pragma("GCC unroll 4") for (int i = 0; i < N; ++i)
+
 // 2^x for x ≤ 0, to half a unit of float32; NaN stays NaN.
-inline V exp2(V x) {
+template <int N>
+inline void exp2(V* x) {
+  static constexpr float q[] = {1.340546139e-03f, 9.618545203e-03f, 5.550312806e-02f,
+                                2.402264570e-01f, 6.931472146e-01f, 1.0f};
   const V magic = set(12582912.0f);  // adding it rounds to a whole number, which then lies in the low bits
-  x = max(set(-126.0f), x);
-  V z = x + magic, r = x - (z - magic);
-  V p = fma(set(1.534410565e-04f), r, set(1.340546139e-03f));
-  p = fma(p, r, set(9.618545203e-03f));
-  p = fma(p, r, set(5.550312806e-02f));
-  p = fma(p, r, set(2.402264570e-01f));
-  p = fma(p, r, set(6.931472146e-01f));
-  return scale2(fma(p, r, set(1.0f)), z);
+  V z[N], p[N];
+  EACH x[i] = max(set(-126.0f), x[i]);
+  EACH z[i] = x[i] + magic;
+  EACH x[i] -= z[i] - magic;
+  EACH p[i] = set(1.534410565e-04f);
+#pragma GCC unroll 6
+  for (float k : q) EACH p[i] = fma(p[i], x[i], set(k));
+  EACH x[i] = scale2(p[i], z[i]);
 }
 
 // The normal distribution's Φ(x), to 1.5e-7: ½ + x·q(x²), a minimax polynomial on ±5.2, the last value outside.
-inline V phi(V x) {
-  static const float q[] = {1.268511028e-03f, -1.221493546e-03f, 1.800122663e-03f, -4.789039134e-03f,
-                            8.559967785e-03f, -1.250512092e-02f, 1.795478687e-02f, -2.472362960e-02f,
-                            3.198995929e-02f, -3.992981956e-02f, 5.002452135e-02f, -6.774366748e-02f,
-                            1.359499930e-01f};
-  x = max(set(-5.2f), min(set(5.2f), x));
-  V t = fma(x * x, set(7.396449704e-02f), set(-1.0f)), p = set(-4.812771797e-04f);
-  for (float k : q) p = fma(p, t, set(k));
-  return fma(x, p, set(0.5f));
+template <int N>
+inline void phi(V* x) {
+  static constexpr float q[] = {1.268511028e-03f, -1.221493546e-03f, 1.800122663e-03f, -4.789039134e-03f,
+                                8.559967785e-03f, -1.250512092e-02f, 1.795478687e-02f, -2.472362960e-02f,
+                                3.198995929e-02f, -3.992981956e-02f, 5.002452135e-02f, -6.774366748e-02f,
+                                1.359499930e-01f};
+  V t[N], p[N];
+  EACH x[i] = max(set(-5.2f), min(set(5.2f), x[i]));
+  EACH t[i] = fma(x[i] * x[i], set(7.396449704e-02f), set(-1.0f));
+  EACH p[i] = set(-4.812771797e-04f);
+#pragma GCC unroll 13
+  for (float k : q) EACH p[i] = fma(p[i], t[i], set(k));
+  EACH x[i] = fma(x[i], p[i], set(0.5f));
 }
+#undef EACH
+
+inline V exp2(V x) { return exp2<1>(&x), x; }
+inline V phi(V x) { return phi<1>(&x), x; }
 
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
 
@@ -156,5 +171,39 @@ int guarded(const F& act) {
     return 1;
   }
 }
+
+#if LANES == 16
+// The parts of four vectors, summed: part r of the result is the sum of those of vector r.
+inline V parts(const V* q) {
+  auto two = [](V a, V b) { return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd); };
+  return two(two(q[0], q[1]), two(q[2], q[3]));
+}
+// Lanes whose number has bit B are exchanged with those of the other vector that have it not.
+template <int B>
+inline void exchange(V& a, V& b) {
+  constexpr __mmask16 have = B == 1 ? 0xaaaa : B == 2 ? 0xcccc : B == 4 ? 0xf0f0 : 0xff00, rest = 0xffff - have;
+  constexpr int order = B == 1 || B == 4 ? 0xb1 : 0x4e;
+  V x = a;
+  if constexpr (B < 4) {
+    a = _mm512_mask_permute_ps(a, have, b, order), b = _mm512_mask_permute_ps(b, rest, x, order);
+  } else {
+    a = _mm512_mask_shuffle_f32x4(a, have, b, b, order), b = _mm512_mask_shuffle_f32x4(b, rest, x, x, order);
+  }
+}
+#else
+inline V parts(const V* q) {
+  return _mm256_permute2f128_ps(q[0], q[1], 0x20) + _mm256_permute2f128_ps(q[0], q[1], 0x31);
+}
+template <int B>
+inline void exchange(V& a, V& b) {
+  constexpr int have = B == 1 ? 0xaa : B == 2 ? 0xcc : 0xf0, order = B == 1 ? 0xb1 : 0x4e;
+  auto other = [](V v) {
+    if constexpr (B < 4) return _mm256_permute_ps(v, order);
+    return _mm256_permute2f128_ps(v, v, 1);
+  };
+  V x = a;
+  a = _mm256_blend_ps(a, other(b), have), b = _mm256_blend_ps(other(x), b, have);
+}
+#endif
 
 }  // namespace

@@ -18,6 +18,7 @@ struct Full {
   static V widen(const E* p) { return loadu(p); }
   static void narrow(E* to, V a) { storeu(to, a); }
   static V weave(const E* a, const E*) { return loadu(a); }
+  static float word(float a, float) { return a; }
 };
 
 #ifdef __AVX512BF16__
@@ -34,6 +35,16 @@ struct Half {
     return _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(a), high));
   }
   static V weave(const E* a, const E* b) { return weave(bits(a), bits(b)); }
+  static V join(V a, V b) { return (V)_mm512_cvtne2ps_pbh(b, a); }  // the elements of a, then those of b
+  static V weave(V a, V b) {                                        // words of an element of a and one of b
+    static constexpr auto index = [] {
+      std::array<uint16_t, 32> to{};
+      for (int i = 0; i < 32; ++i) to[i] = i / 2 + i % 2 * 16;
+      return to;
+    }();
+    return (V)_mm512_permutexvar_epi16(_mm512_loadu_si512(index.data()), (__m512i)join(a, b));
+  }
+  static float word(float a, float b) { return _mm512_cvtss_f32(weave(set(a), set(b))); }
 };
 #endif
 

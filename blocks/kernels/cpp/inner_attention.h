@@ -1,0 +1,181 @@
+// Attention inside each set: one vector of queries (or keys) against the words of its set; part of inner.cpp.
+
+// Element j of each set of a row, in all lanes of that set.
+template <bool SHARED>
+struct Words {
+  const int32_t* index;  // where several sets share a vector
+  int v, first;          // the vector, and the first one of its set
+  inline V operator()(const V* row, int j) const {
+    if constexpr (SHARED) return permute(index + j * LANES, row[v]);
+    return set(reinterpret_cast<const float*>(row + first)[j]);
+  }
+};
+
+template <int K, class W>
+inline void scores_block(const V* a, int step_a, const V* b, int step_b, int d, const W& word, int j, V* out) {
+  V s[K];
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) s[k] = set(0.0f);
+  for (int i = 0; i < d; ++i) {
+    V x = a[i * step_a + word.v];
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) s[k] = fma(x, word(b + i * step_b, j + k), s[k]);
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) out[k] = s[k];
+}
+
+// out[j] = the scalar product of a, in lanes, with word j of b.
+template <class W>
+inline void scores(const V* a, int step_a, const V* b, int step_b, int d, const W& word, int m, V* out) {
+  int j = 0;
+#if LANES == 16
+  for (; j + 16 <= m; j += 16) scores_block<16>(a, step_a, b, step_b, d, word, j, out + j);
+#endif
+  for (; j + 8 <= m; j += 8) scores_block<8>(a, step_a, b, step_b, d, word, j, out + j);
+  for (; j + 4 <= m; j += 4) scores_block<4>(a, step_a, b, step_b, d, word, j, out + j);
+  for (; j < m; ++j) scores_block<1>(a, step_a, b, step_b, d, word, j, out + j);
+}
+
+template <int D, class W>
+inline void mix_block(const V* p, const V* b, int step_b, const W& word, int m, V by, V* out, int step) {
+  V s[D];
+#pragma GCC unroll 8
+  for (int i = 0; i < D; ++i) s[i] = set(0.0f);
+  for (int j = 0; j < m; ++j) {
+    V x = p[j];
+#pragma GCC unroll 8
+    for (int i = 0; i < D; ++i) s[i] = fma(x, word(b + i * step_b, j), s[i]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < D; ++i) out[i * step + word.v] = s[i] * by;
+}
+
+// out = by · the sum over words j of p[j] · word j of b.
+template <class W>
+inline void mix(const V* p, const V* b, int step_b, int d, const W& word, int m, V by, V* out, int step) {
+  for (int i = 0; i < d;) {
+    int left = d - i, n = left >= 8 ? 8 : left >= 6 ? 6 : left >= 3 ? left == 3 ? 3 : 4 : left;
+    const V* x = b + i * step_b;
+    V* y = out + i * step;
+    switch (n) {
+      case 8: mix_block<8>(p, x, step_b, word, m, by, y, step); break;
+      case 6: mix_block<6>(p, x, step_b, word, m, by, y, step); break;
+      case 4: mix_block<4>(p, x, step_b, word, m, by, y, step); break;
+      case 3: mix_block<3>(p, x, step_b, word, m, by, y, step); break;
+      case 2: mix_block<2>(p, x, step_b, word, m, by, y, step); break;
+      default: mix_block<1>(p, x, step_b, word, m, by, y, step);
+    }
+    i += n;
+  }
+}
+
+// f over n vectors: in four chains, which run side by side.
+template <class F>
+inline V together(const V* x, int n, const F& f) {
+  V a = x[0];
+  int j = 1;
+  if (n >= 4) {
+    V b = x[1], c = x[2], d = x[3];
+    for (j = 4; j + 4 <= n; j += 4) a = f(a, x[j]), b = f(b, x[j + 1]), c = f(c, x[j + 2]), d = f(d, x[j + 3]);
+    a = f(f(a, b), f(c, d));
+  }
+  for (; j < n; ++j) a = f(a, x[j]);
+  return a;
+}
+
+// x[j] = 2^(x[j] - top).
+inline void exponentials(V* x, int n, V top) {
+  int j = 0;
+  for (; j + 4 <= n; j += 4) {
+    V y[4] = {x[j] - top, x[j + 1] - top, x[j + 2] - top, x[j + 3] - top};
+    exp2<4>(y);
+    x[j] = y[0], x[j + 1] = y[1], x[j + 2] = y[2], x[j + 3] = y[3];
+  }
+  for (; j < n; ++j) x[j] = exp2(x[j] - top);
+}
+
+// In each group of P lanes rows become columns: P rows, those from `count` on are zero.
+template <int P>
+inline void turn_groups(const V* from, int count, V* to) {
+  V x[P];
+#pragma GCC unroll 16
+  for (int i = 0; i < P; ++i) x[i] = i < count ? from[i] : set(0.0f);
+#pragma GCC unroll 16
+  for (int i = 0; i < P; ++i)
+    if (!(i & 1) && P > 1) exchange<1>(x[i], x[i + 1]);
+#pragma GCC unroll 16
+  for (int i = 0; i < P; ++i)
+    if (!(i & 2) && P > 2) exchange<2>(x[i], x[i + 2]);
+#pragma GCC unroll 16
+  for (int i = 0; i < P; ++i)
+    if (!(i & 4) && P > 4) exchange<4>(x[i], x[i + 4]);
+#if LANES == 16
+#pragma GCC unroll 16
+  for (int i = 0; i < P; ++i)
+    if (!(i & 8) && P > 8) exchange<8>(x[i], x[i + 8]);
+#endif
+#pragma GCC unroll 16
+  for (int i = 0; i < P; ++i) to[i] = x[i];
+}
+
+inline void turn_groups(const V* from, int count, V* to, int width) {
+  switch (width) {
+#if LANES == 16
+    case 16: return turn_groups<16>(from, count, to);
+#endif
+    case 8: return turn_groups<8>(from, count, to);
+    case 4: return turn_groups<4>(from, count, to);
+    case 2: return turn_groups<2>(from, count, to);
+    default: to[0] = from[0];
+  }
+}
+
+// From t.qkv to t.o; the weights before they are divided by their sum stay in t.e, what divides them in t.inv.
+template <bool SHARED, class K>
+void attention(const Plan& s, Tile<K>& t) {
+  for (int h = 0; h < s.heads; ++h) {
+    const V *q = t.qkv + h * s.d * s.T, *k = q + s.c * s.T, *val = k + s.c * s.T;
+    for (int v = 0; v < s.T; ++v) {
+      Words<SHARED> word{s.index.data(), v, v - v % s.fills};
+      V* e = t.e + (h * s.T + v) * s.padded;
+      scores(q, s.T, k, s.T, s.d, word, s.m, e);
+      exponentials(e, s.m, together(e, s.m, [](V a, V b) { return max(a, b); }));
+      V inv = set(1.0f) / together(e, s.m, [](V a, V b) { return a + b; });
+      mix(e, val, s.T, s.d, word, s.m, inv, t.o.rows + h * s.d * t.step, t.step);
+      t.inv[h * s.T + v] = inv;
+    }
+  }
+}
+
+// From t.dout to t.dqkv: first with queries in lanes, then, the weights and their gradients turned, with keys.
+template <bool SHARED, class K>
+void attention_back(const Plan& s, Tile<K>& t) {
+  int group = std::min(s.padded, LANES), S = t.step;
+  for (int h = 0; h < s.heads; ++h) {
+    int at = h * s.d * s.T, c = s.c * s.T;
+    const V *q = t.qkv + at, *k = q + c, *val = k + c, *out = t.o.rows + h * s.d * S, *dout = t.dout + at;
+    V *p = t.e + h * s.T * s.padded, *dq = t.dqkv.rows + h * s.d * S, *dk = dq + s.c * S, *dv = dk + s.c * S;
+    for (int v = 0; v < s.T; ++v) {
+      Words<SHARED> word{s.index.data(), v, v - v % s.fills};
+      V *e = p + v * s.padded, *dp = t.dp + v * s.padded, dot = set(0.0f), inv = t.inv[h * s.T + v];
+      for (int i = 0; i < s.d; ++i) dot = fma(dout[i * s.T + v], out[i * S + v], dot);
+      scores(dout, s.T, val, s.T, s.d, word, s.m, dp);
+      for (int j = 0; j < s.m; ++j) {
+        e[j] = e[j] * inv;
+        dp[j] = e[j] * (dp[j] - dot);
+      }
+      mix(dp, k, s.T, s.d, word, s.m, set(LN2), dq, S);
+    }
+    for (int v = 0; v < s.T; ++v) {
+      Words<SHARED> word{s.index.data(), v, v - v % s.fills};
+      for (int n = 0; n < s.fills; ++n) {
+        int from = (word.first + n) * s.padded + (v - word.first) * LANES, count = s.m - (v - word.first) * LANES;
+        turn_groups(p + from, count, t.turned + n * LANES, group);
+        turn_groups(t.dp + from, count, t.turned + s.padded + n * LANES, group);
+      }
+      mix(t.turned, dout, s.T, s.d, word, s.m, set(1.0f), dv, S);
+      mix(t.turned + s.padded, q, s.T, s.d, word, s.m, set(LN2), dk, S);
+    }
+  }
+}
