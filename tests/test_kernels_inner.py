@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from blocks.residual import Residual
 from blocks.tnt import TNT
 from blocks.transformer import Encoder
 from framework.weights import convert
-from tests.kernels import encoder, reference, worst
+from tests.kernels import encoder, error, reference, worst
 from tests.vectors import load, shapes, tnt
 
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
@@ -45,16 +46,23 @@ CASES = [
 ]
 
 
-def errors(block: Encoder, run: Callable[[Encoder, Tensor], Tensor], words: Tensor, grad: Tensor) -> list[float]:
-    """Relative errors in float32 against float64 of the result, the input's gradient, and the parameters'."""
+def errors(
+    block: Encoder,
+    run: Callable[[Encoder, Tensor], Tensor],
+    words: Tensor,
+    grad: Tensor,
+    measure: Callable[[Any, Any], float] = worst,
+) -> list[float]:
+    """Relative errors against float64 of the result, the input's gradient, and the parameters'."""
     exact = deepcopy(block).double()
     x, x64 = words.clone().requires_grad_(), words.double().requires_grad_()
-    want = reference(exact, x64)
-    want.backward(grad.double())
+    with torch.autocast("cpu", enabled=False):
+        want = reference(exact, x64)
+        want.backward(grad.double())
     got = run(block, x)
     got.backward(grad)
     pairs = zip(block.parameters(), exact.parameters(), strict=True)
-    return [worst(got, want), worst(x.grad, x64.grad), *(worst(p.grad, q.grad) for p, q in pairs)]
+    return [measure(got, want), measure(x.grad, x64.grad), *(measure(p.grad, q.grad) for p, q in pairs)]
 
 
 @pytest.fixture(params=["AVX512", "AVX2"])
@@ -86,6 +94,23 @@ def test_as_exact_as_torch(case: tuple[Any, ...], capability: str) -> None:
     theirs = errors(deepcopy(block), reference, words, grad)
     assert len(ours) == (14 if bias else 13)
     assert max(ours) < 2 * max(theirs) + 1e-6
+
+
+@pytest.mark.skipif(not inner.multiplies(), reason="a processor that does not multiply bfloat16")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bfloat16_is_more_exact_than_autocast(case: tuple[Any, ...]) -> None:
+    side, dim, heads, ratio, bias, sets = case
+    torch.manual_seed(0)
+    block = encoder(side, dim, heads, ratio, bias)
+    words, grad = torch.randn(sets, side * side, dim), torch.randn(sets, side * side, dim)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert inner.precision(words) == "bf16"
+        ours = errors(deepcopy(block), inner.run, words, grad, error)
+        theirs = errors(deepcopy(block), reference, words, grad, error)
+    assert 1e-4 < ours[0] < 0.9 * theirs[0]
+    assert ours[1] < theirs[1]
+    assert fmean(ours[2:]) < fmean(theirs[2:])
+    assert inner.precision(words) == "ieee"  # outside
 
 
 def test_threads_share_the_work(capability: str, threads: int) -> None:
@@ -131,16 +156,18 @@ def test_stochastic_depth_draws_the_same(capability: str) -> None:
     assert not results[0][0].allclose(reference(block.eval(), words), atol=1e-2)
 
 
-def test_not_a_number_stays_one() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_not_a_number_stays_one(autocast: bool) -> None:
     block, words = encoder(4, 24, 4), torch.randn(8, 16, 24)
     words[3, 5, 7] = float("nan")
-    out = inner.run(block, words)
-    assert out[3].isnan().all()
-    assert out[[0, 1, 2, 4, 5, 6, 7]].isfinite().all()
-    for name in ("norm1.weight", "mixer.qkv.weight", "mlp.fc1.weight", "mlp.fc2.bias"):
-        broken = deepcopy(block)
-        broken.get_parameter(name).data.view(-1)[0] = float("nan")
-        assert inner.run(broken, words)[0].isnan().any(), name
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = inner.run(block, words)
+        assert out[3].isnan().all()
+        assert out[[0, 1, 2, 4, 5, 6, 7]].isfinite().all()
+        for name in ("norm1.weight", "mixer.qkv.weight", "mlp.fc1.weight", "mlp.fc2.bias"):
+            broken = deepcopy(block)
+            broken.get_parameter(name).data.view(-1)[0] = float("nan")
+            assert inner.run(broken, words)[0].isnan().any(), name
 
 
 def test_operators_are_well_formed() -> None:
@@ -266,22 +293,24 @@ def gradients(block: nn.Module, run: Callable[[Features], Features]) -> list[Ten
     return [out.map.detach(), *(p.grad.clone() for p in block.parameters() if p.grad is not None)]
 
 
-def test_compiles_checkpoints_and_copies(calls: list[int]) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_checkpoints_and_copies(autocast: bool, calls: list[int]) -> None:
+    context = partial(torch.autocast, "cpu", torch.bfloat16, enabled=autocast)
     block = tnt_block().train()
-    want = gradients(block, block)
+    want = gradients(block, context()(block))
     runs = len(calls)
     assert runs == 1
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     again = deepcopy(block)
     results = [
-        gradients(block, compiled),
-        gradients(block, lambda x: checkpoint(block, x, use_reentrant=False)),
-        gradients(again, again),
+        gradients(block, context()(compiled)),
+        gradients(block, context()(lambda x: checkpoint(block, x, use_reentrant=False))),
+        gradients(again, context()(again)),
     ]
     assert len(calls) > runs + 2
     for found in results:
         for got, expected in zip(found, want, strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+            assert error(got, expected) < (1e-2 if autocast else 1e-6)
 
 
 def test_exports_in_plain_operators(calls: list[int]) -> None:

@@ -111,9 +111,10 @@ def kept(residual: Residual, x: Tensor) -> Tensor | None:
 
 
 def precision(words: Tensor) -> str:
-    """What the kernel multiplies in on CUDA, as autocast and `torch.set_float32_matmul_precision` ask."""
+    """What the kernel multiplies in, as autocast and on CUDA `torch.set_float32_matmul_precision` ask."""
     if words.device.type != "cuda":
-        return "ieee"
+        low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return "bf16" if low and multiplies() else "ieee"
     if torch.is_autocast_enabled("cuda"):
         return "bf16" if torch.get_autocast_dtype("cuda") == torch.bfloat16 else "fp16"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -121,6 +122,11 @@ def precision(words: Tensor) -> str:
 
 def available() -> bool:
     return native.library() is not None
+
+
+def multiplies() -> bool:
+    """Whether the processor multiplies bfloat16."""
+    return hasattr(native.library(), "inner_forward_bf16")
 
 
 @cache
@@ -146,7 +152,7 @@ def works(words: int, width: int, heads: int, hidden: int, bias: bool, precision
 
 
 # What torch.compiler.assume_constant_result does, which imports the compiler for it, some seconds of every start.
-for asked in (available, works):
+for asked in (available, multiplies, works):
     asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -155,6 +161,11 @@ class Shape(ctypes.Structure):
         ("sets", ctypes.c_int64), ("words", ctypes.c_int32), ("width", ctypes.c_int32), ("heads", ctypes.c_int32),
         ("hidden", ctypes.c_int32), ("eps1", ctypes.c_float), ("eps2", ctypes.c_float), ("threads", ctypes.c_int32),
     ]  # fmt: skip
+
+
+def named(function: str, precision: str) -> str:
+    """The form of a function of `inner.cpp` that multiplies in this precision."""
+    return f"{function}_bf16" if precision == "bf16" else function
 
 
 def call(
@@ -195,12 +206,12 @@ def inner(
     norm2_w: Tensor, norm2_b: Tensor, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor, fc2_b: Tensor,
     s1: Tensor | None, s2: Tensor | None, heads: int, eps1: float, eps2: float, precision: str,
 ) -> Tensor:  # fmt: skip
-    """The block on float32 words `(sets, c, m)`; `s1`, `s2` `(sets,)` scale its two branches; float32 on the CPU."""
+    """The block on float32 words `(sets, c, m)`; `s1`, `s2` `(sets,)` scale its two branches."""
     library = native.library()
     assert library is not None
     params = [norm1_w, norm1_b, qkv_w, qkv_b, proj_w, proj_b, norm2_w, norm2_b, fc1_w, fc1_b, fc2_w, fc2_b]
     y = torch.empty_like(x)
-    call(library, "inner_forward", x, params, [s1, s2], (heads, eps1, eps2), y)
+    call(library, named("inner_forward", precision), x, params, [s1, s2], (heads, eps1, eps2), y)
     return y
 
 
@@ -229,7 +240,8 @@ def inner_backward(
     params = [norm1_w, norm1_b, qkv_w, qkv_b, proj_w, proj_b, norm2_w, norm2_b, fc1_w, fc1_b, fc2_w, fc2_b]
     dx = torch.empty_like(x)
     grads = [None if p is None else torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
-    call(library, "inner_backward", x, params, [s1, s2], (heads, eps1, eps2), dy.contiguous(), dx, grads)
+    name = named("inner_backward", precision)
+    call(library, name, x, params, [s1, s2], (heads, eps1, eps2), dy.contiguous(), dx, grads)
     return [dx, *(grad for grad in grads if grad is not None)]
 
 
