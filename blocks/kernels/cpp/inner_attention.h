@@ -37,34 +37,39 @@ inline void scores(const V* a, int step_a, const V* b, int step_b, int d, const 
   for (; j < m; ++j) scores_block<1>(a, step_a, b, step_b, d, word, j, out + j);
 }
 
-template <int D, class W>
+template <int D, int M, class W>
 inline void mix_block(const V* p, const V* b, int step_b, const W& word, int m, V by, V* out, int step) {
   V s[D];
 #pragma GCC unroll 8
   for (int i = 0; i < D; ++i) s[i] = set(0.0f);
-  for (int j = 0; j < m; ++j) {
-    V x = p[j];
+  auto add = [&](int j) {
 #pragma GCC unroll 8
-    for (int i = 0; i < D; ++i) s[i] = fma(x, word(b + i * step_b, j), s[i]);
+    for (int i = 0; i < D; ++i) s[i] = fma(p[j], word(b + i * step_b, j), s[i]);
+  };
+  if constexpr (M) {
+#pragma GCC unroll 16
+    for (int j = 0; j < M; ++j) add(j);
+  } else {
+    for (int j = 0; j < m; ++j) add(j);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < D; ++i) out[i * step + word.v] = s[i] * by;
 }
 
 // out = by · the sum over words j of p[j] · word j of b.
-template <class W>
+template <int M, class W>
 inline void mix(const V* p, const V* b, int step_b, int d, const W& word, int m, V by, V* out, int step) {
   for (int i = 0; i < d;) {
     int left = d - i, n = left >= 8 ? 8 : left >= 6 ? 6 : left >= 3 ? left == 3 ? 3 : 4 : left;
     const V* x = b + i * step_b;
     V* y = out + i * step;
     switch (n) {
-      case 8: mix_block<8>(p, x, step_b, word, m, by, y, step); break;
-      case 6: mix_block<6>(p, x, step_b, word, m, by, y, step); break;
-      case 4: mix_block<4>(p, x, step_b, word, m, by, y, step); break;
-      case 3: mix_block<3>(p, x, step_b, word, m, by, y, step); break;
-      case 2: mix_block<2>(p, x, step_b, word, m, by, y, step); break;
-      default: mix_block<1>(p, x, step_b, word, m, by, y, step);
+      case 8: mix_block<8, M>(p, x, step_b, word, m, by, y, step); break;
+      case 6: mix_block<6, M>(p, x, step_b, word, m, by, y, step); break;
+      case 4: mix_block<4, M>(p, x, step_b, word, m, by, y, step); break;
+      case 3: mix_block<3, M>(p, x, step_b, word, m, by, y, step); break;
+      case 2: mix_block<2, M>(p, x, step_b, word, m, by, y, step); break;
+      default: mix_block<1, M>(p, x, step_b, word, m, by, y, step);
     }
     i += n;
   }
@@ -132,50 +137,75 @@ inline void turn_groups(const V* from, int count, V* to, int width) {
 }
 
 // From t.qkv to t.o; the weights before they are divided by their sum stay in t.e, what divides them in t.inv.
-template <bool SHARED, class K>
+template <bool SHARED, int M, int D, class K>
 void attention(const Plan& s, Tile<K>& t) {
+  const int m = M ? M : s.m, d = D ? D : s.d, T = M == LANES ? 2 : s.T;
   for (int h = 0; h < s.heads; ++h) {
-    const V *q = t.qkv + h * s.d * s.T, *k = q + s.c * s.T, *val = k + s.c * s.T;
-    for (int v = 0; v < s.T; ++v) {
-      Words<SHARED> word{s.index.data(), v, v - v % s.fills};
-      V* e = t.e + (h * s.T + v) * s.padded;
-      scores(q, s.T, k, s.T, s.d, word, s.m, e);
-      exponentials(e, s.m, together(e, s.m, [](V a, V b) { return max(a, b); }));
-      V inv = set(1.0f) / together(e, s.m, [](V a, V b) { return a + b; });
-      mix(e, val, s.T, s.d, word, s.m, inv, t.o.rows + h * s.d * t.step, t.step);
-      t.inv[h * s.T + v] = inv;
+    const V *q = t.qkv + h * d * T, *k = q + s.c * T, *val = k + s.c * T;
+    for (int v = 0; v < T; ++v) {
+      Words<SHARED> word{s.index.data(), v, M == LANES ? v : v - v % s.fills};
+      V room[M ? M : 1], *kept = t.e + (h * T + v) * s.padded, *e = M ? room : kept;
+      scores(q, T, k, T, d, word, m, e);
+      exponentials(e, m, together(e, m, [](V a, V b) { return max(a, b); }));
+      V inv = set(1.0f) / together(e, m, [](V a, V b) { return a + b; });
+      mix<M>(e, val, T, d, word, m, inv, t.o.rows + h * d * t.step, t.step);
+      if constexpr (M) {
+#pragma GCC unroll 16
+        for (int j = 0; j < M; ++j) kept[j] = e[j];
+      }
+      t.inv[h * T + v] = inv;
     }
   }
 }
 
 // From t.dout to t.dqkv: first with queries in lanes, then, the weights and their gradients turned, with keys.
-template <bool SHARED, class K>
+template <bool SHARED, int M, int D, class K>
 void attention_back(const Plan& s, Tile<K>& t) {
+  const int m = M ? M : s.m, d = D ? D : s.d, T = M == LANES ? 2 : s.T;
   int group = std::min(s.padded, LANES), S = t.step;
   for (int h = 0; h < s.heads; ++h) {
-    int at = h * s.d * s.T, c = s.c * s.T;
-    const V *q = t.qkv + at, *k = q + c, *val = k + c, *out = t.o.rows + h * s.d * S, *dout = t.dout + at;
-    V *p = t.e + h * s.T * s.padded, *dq = t.dqkv.rows + h * s.d * S, *dk = dq + s.c * S, *dv = dk + s.c * S;
-    for (int v = 0; v < s.T; ++v) {
-      Words<SHARED> word{s.index.data(), v, v - v % s.fills};
-      V *e = p + v * s.padded, *dp = t.dp + v * s.padded, dot = set(0.0f), inv = t.inv[h * s.T + v];
-      for (int i = 0; i < s.d; ++i) dot = fma(dout[i * s.T + v], out[i * S + v], dot);
-      scores(dout, s.T, val, s.T, s.d, word, s.m, dp);
-      for (int j = 0; j < s.m; ++j) {
+    int at = h * d * T, c = s.c * T;
+    const V *q = t.qkv + at, *k = q + c, *val = k + c, *out = t.o.rows + h * d * S, *dout = t.dout + at;
+    V *p = t.e + h * T * s.padded, *dq = t.dqkv.rows + h * d * S, *dk = dq + s.c * S, *dv = dk + s.c * S;
+    for (int v = 0; v < T; ++v) {
+      Words<SHARED> word{s.index.data(), v, M == LANES ? v : v - v % s.fills};
+      V room[M ? M : 1], *e = p + v * s.padded, *kept = t.dp + v * s.padded, *dp = M ? room : kept;
+      V dot = set(0.0f), inv = t.inv[h * T + v];
+      for (int i = 0; i < d; ++i) dot = fma(dout[i * T + v], out[i * S + v], dot);
+      scores(dout, T, val, T, d, word, m, dp);
+      auto change = [&](int j) {
         e[j] = e[j] * inv;
         dp[j] = e[j] * (dp[j] - dot);
+      };
+      if constexpr (M) {
+#pragma GCC unroll 16
+        for (int j = 0; j < M; ++j) change(j);
+      } else {
+        for (int j = 0; j < m; ++j) change(j);
       }
-      mix(dp, k, s.T, s.d, word, s.m, set(LN2), dq, S);
+      mix<M>(dp, k, T, d, word, m, set(LN2), dq, S);
+      if constexpr (M) {
+#pragma GCC unroll 16
+        for (int j = 0; j < M; ++j) kept[j] = dp[j];
+      }
     }
-    for (int v = 0; v < s.T; ++v) {
-      Words<SHARED> word{s.index.data(), v, v - v % s.fills};
+    for (int v = 0; v < T; ++v) {
+      Words<SHARED> word{s.index.data(), v, M == LANES ? v : v - v % s.fills};
+      if constexpr (M == LANES) {
+        V turned[M];
+        turn_groups<M>(p + v * M, M, turned);
+        mix<M>(turned, dout, T, d, word, m, set(1.0f), dv, S);
+        turn_groups<M>(t.dp + v * M, M, turned);
+        mix<M>(turned, q, T, d, word, m, set(LN2), dk, S);
+        continue;
+      }
       for (int n = 0; n < s.fills; ++n) {
         int from = (word.first + n) * s.padded + (v - word.first) * LANES, count = s.m - (v - word.first) * LANES;
         turn_groups(p + from, count, t.turned + n * LANES, group);
         turn_groups(t.dp + from, count, t.turned + s.padded + n * LANES, group);
       }
-      mix(t.turned, dout, s.T, s.d, word, s.m, set(1.0f), dv, S);
-      mix(t.turned + s.padded, q, s.T, s.d, word, s.m, set(LN2), dk, S);
+      mix<M>(t.turned, dout, T, d, word, m, set(1.0f), dv, S);
+      mix<M>(t.turned + s.padded, q, T, d, word, m, set(LN2), dk, S);
     }
   }
 }

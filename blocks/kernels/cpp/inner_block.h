@@ -38,22 +38,69 @@ void norm_back(const V* dn, const V* n, int step, const V* scale, const V* dy, V
   }
 }
 
-// GELU in place; with BACK its slope too. Rows are filled up to multiples of 4.
-template <bool BACK>
-void gelu(V* h, int step, V* slope, int rows, int T) {
-  for (int r = 0; r < rows; r += 2)
-    for (int v = 0; v < T; v += 2) {
-      V *at = h + r * step + v, x[4] = {at[0], at[1], at[step], at[step + 1]}, p[4] = {x[0], x[1], x[2], x[3]}, e[4];
-      phi<4>(p);
-      at[0] = x[0] * p[0], at[1] = x[1] * p[1], at[step] = x[2] * p[2], at[step + 1] = x[3] * p[3];
-      if (!BACK) continue;
-      // Φ + x·φ, with φ(x) = 2^(-x²/2 · log2 e - log2 √(2π))
+// GELU is x·Φ(x), its slope Φ + x·φ: both curves for four vectors. For bfloat16 they are ½ + x·q(x²), to 1.1e-4 and
+// 3.2e-4: minimax polynomials on ±4.2, just 0 and 1 outside.
+template <bool BACK, class K>
+inline void curves(const V* x, V* p, V* slope) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) e[i] = fma(x[i] * x[i], set(-0.72134752f), set(-1.32574806f));
-      exp2<4>(e);
-      V* to = slope + r * T + v;
-      to[0] = fma(x[0], e[0], p[0]), to[1] = fma(x[1], e[1], p[1]);
-      to[T] = fma(x[2], e[2], p[2]), to[T + 1] = fma(x[3], e[3], p[3]);
+  for (int i = 0; i < 4; ++i) p[i] = x[i];
+  if constexpr (K::U == 1) {
+    phi<4>(p);
+    if (!BACK) return;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) slope[i] = fma(x[i] * x[i], set(-0.72134752f), set(-1.32574806f));
+    exp2<4>(slope);  // φ(x) = 2^(-x²/2 · log2 e - log2 √(2π))
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) slope[i] = fma(x[i], slope[i], p[i]);
+  } else {
+    V at[4], t[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      at[i] = max(set(-4.2f), min(set(4.2f), x[i]));
+      t[i] = fma(at[i] * at[i], set(1.133786848e-01f), set(-1.0f));
+    }
+    auto along = [&](const auto& q, V* to) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) to[i] = set(q[0]);
+#pragma GCC unroll 8
+      for (size_t k = 1; k < sizeof(q) / sizeof(q[0]); ++k)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) to[i] = fma(to[i], t[i], set(q[k]));
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) to[i] = fma(at[i], to[i], set(0.5f));
+    };
+    static constexpr float value[] = {-5.213712011e-03f, 1.205489711e-02f, -1.454951402e-02f, 2.283663039e-02f,
+                                      -3.859566114e-02f, 5.618670990e-02f, -8.151814410e-02f, 1.678464129e-01f};
+    static constexpr float steep[] = {2.601831055e-02f, -5.936787863e-02f, 5.552671837e-02f,
+                                      -6.479696445e-02f, 1.007556164e-01f, -1.124324025e-01f,
+                                      1.032374988e-01f, -1.025894651e-01f, 1.726961855e-01f};
+    along(value, p);
+    if (BACK) along(steep, slope);
+  }
+}
+
+// GELU of t.h: in its place, or for bfloat16 as products read it; with BACK as gradients do, and its slope too.
+template <bool BACK, class K>
+void gelu(const Plan& s, Tile<K>& t) {
+  const V none = set(0.0f);
+  for (int r = 0; r < s.hidden; r += 2)
+    for (int v = 0; v < s.T; v += 2) {
+      bool two = r + 1 < s.hidden;
+      V *p = t.h.rows + r * t.step + v, *q = p + t.step, *flat = t.h.flat + r * t.flat_step + v / 2;
+      V x[4] = {p[0], p[1], two ? q[0] : none, two ? q[1] : none}, y[4], slope[4];
+      curves<BACK, K>(x, y, slope);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) y[i] = y[i] * x[i];
+      if constexpr (!Tile<K>::APART) {
+        p[0] = y[0], p[1] = y[1], q[0] = y[2], q[1] = y[3];
+      } else if constexpr (BACK) {
+        flat[0] = K::join(y[0], y[1]), flat[t.flat_step] = K::join(y[2], y[3]);
+      } else {
+        t.woven[r / 2 * s.T + v] = K::weave(y[0], y[2]), t.woven[r / 2 * s.T + v + 1] = K::weave(y[1], y[3]);
+      }
+      if (!BACK) continue;
+      V* to = t.slope + r * s.T + v;
+      to[0] = slope[0], to[1] = slope[1], to[s.T] = slope[2], to[s.T + 1] = slope[3];
     }
 }
 
@@ -62,18 +109,17 @@ template <bool BACK, class K>
 void forward_tile(const Plan& s, const Packed<K>& w, Tile<K>& t) {
   int c = s.c, T = s.T, S = K::U == 1 ? t.step : T;
   norm(t.x, t.n1.rows, t.step, t.r1, c, T, s.eps1);
-  product<K>(w.qkv, w.qkv_b, 3 * c, c, t.template settled<true, BACK>(s, t.n1, c), S, T,
+  product<K>(w.qkv, w.qkv_b, 3 * c, c, t.template settled<BACK>(s, t.n1, c), S, T,
              [q = t.qkv, T](int r, int v, V a) { q[r * T + v] = a; });
-  s.shared ? attention<true>(s, t) : attention<false>(s, t);
-  product<K>(w.proj, w.proj_b, c, c, t.template settled<true, BACK>(s, t.o, c), S, T,
+  s.shared ? attention<true, 0, 0>(s, t) : s.m == LANES && s.d == 6 ? attention<false, LANES, 6>(s, t) : attention<false, 0, 0>(s, t);
+  product<K>(w.proj, w.proj_b, c, c, t.template settled<BACK>(s, t.o, c), S, T,
              [to = t.x1, by = t.s1, x = t.x, T](int r, int v, V a) { to[r * T + v] = fma(a, by[v], x[r * T + v]); });
   norm(t.x1, t.n2.rows, t.step, t.r2, c, T, s.eps2);
-  product<K>(w.fc1, w.fc1_b, s.hidden, c, t.template settled<true, BACK>(s, t.n2, c), S, T,
+  product<K>(w.fc1, w.fc1_b, s.hidden, c, t.template settled<BACK>(s, t.n2, c), S, T,
              [h = t.h.rows, step = t.step](int r, int v, V a) { h[r * step + v] = a; });
-  gelu<BACK>(t.h.rows, t.step, t.slope, s.hidden, T);
-  const V* h = t.template settled<!BACK, BACK>(s, t.h, s.hidden);
+  gelu<BACK>(s, t);
   if (BACK) return;
-  product<K>(w.fc2, w.fc2_b, c, s.hidden, h, S, T,
+  product<K>(w.fc2, w.fc2_b, c, s.hidden, t.APART ? t.woven : t.h.rows, S, T,
              [to = t.y, by = t.s2, x = t.x1, T](int r, int v, V a) { to[r * T + v] = fma(a, by[v], x[r * T + v]); });
 }
 
@@ -81,7 +127,7 @@ void forward_tile(const Plan& s, const Packed<K>& w, Tile<K>& t) {
 template <class K>
 void backward_tile(const Plan& s, const Packed<K>& w, Tile<K>& t) {
   int c = s.c, T = s.T, step = t.step, S = K::U == 1 ? step : T;
-  auto side = [&](const Side& x, int rows) { return t.template settled<true, true>(s, x, rows); };
+  auto side = [&](const Side& x, int rows) { return t.template settled<true>(s, x, rows); };
   auto scaled = [&](const Side& x, const V* by) {
     for (int i = 0; i < c; ++i)
       for (int v = 0; v < T; ++v) x.rows[i * step + v] = t.y[i * T + v] * by[v];
@@ -94,7 +140,7 @@ void backward_tile(const Plan& s, const Packed<K>& w, Tile<K>& t) {
   norm_back(t.dn, t.n2.rows, step, t.r2, t.y, t.y, c, T);
   product<K>(w.proj_t, nullptr, c, c, scaled(t.dz1, t.s1), S, T,
              [to = t.dout, T](int r, int v, V a) { to[r * T + v] = a; });
-  s.shared ? attention_back<true>(s, t) : attention_back<false>(s, t);
+  s.shared ? attention_back<true, 0, 0>(s, t) : s.m == LANES && s.d == 6 ? attention_back<false, LANES, 6>(s, t) : attention_back<false, 0, 0>(s, t);
   product<K>(w.qkv_t, nullptr, c, 3 * c, side(t.dqkv, 3 * c), S, T,
              [to = t.dn, T](int r, int v, V a) { to[r * T + v] = a; });
   norm_back(t.dn, t.n1.rows, step, t.r1, t.y, t.y, c, T);

@@ -102,7 +102,7 @@ struct Tile {
   }
 
   // A side as `product` reads it, and kept for the gradients.
-  template <bool WEAVE, bool KEEP>
+  template <bool KEEP>
   const V* settled(const Plan& s, const Side& side, int rows) {
     if constexpr (!APART) {
       return side.rows;
@@ -113,7 +113,7 @@ struct Tile {
           const V* p = side.rows + r * step + v;
           bool two = r + 1 < rows;
           V a0 = p[0], a1 = p[1], b0 = two ? p[step] : none, b1 = two ? p[step + 1] : none;
-          if (WEAVE) woven[r / 2 * s.T + v] = K::weave(a0, b0), woven[r / 2 * s.T + v + 1] = K::weave(a1, b1);
+          woven[r / 2 * s.T + v] = K::weave(a0, b0), woven[r / 2 * s.T + v + 1] = K::weave(a1, b1);
           if (KEEP) side.flat[r * flat_step + v / 2] = K::join(a0, a1);
           if (KEEP && two) side.flat[(r + 1) * flat_step + v / 2] = K::join(b0, b1);
         }
