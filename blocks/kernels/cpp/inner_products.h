@@ -28,9 +28,8 @@ inline void product_rows(const float* w, const float* b, int o, int in, const V*
   const int T = TILE ? TILE : tile;
   for (int v = 0; v < T; v += 2) {
     V a0[R], a1[R];
-    const float* c = b + o;
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) a0[r] = a1[r] = set(b ? c[r] : 0.0f);
+    for (int r = 0; r < R; ++r) a0[r] = a1[r] = set(0.0f);  // not b, which products would wait for
     const float* p = w;
     const V* q = x + v;
     for (int i = 0; i < in; ++i, p += R, q += step) {
@@ -43,7 +42,10 @@ inline void product_rows(const float* w, const float* b, int o, int in, const V*
       }
     }
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) give(o + r, v, a0[r]), give(o + r, v + 1, a1[r]);
+    for (int r = 0; r < R; ++r) {
+      V c = set(b ? b[o + r] : 0.0f);
+      give(o + r, v, a0[r] + c), give(o + r, v + 1, a1[r] + c);
+    }
   }
 }
 
