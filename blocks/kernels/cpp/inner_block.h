@@ -3,19 +3,25 @@
 void norm(const V* x, V* to, int step, V* scale, int c, int T, float eps) {
   V by = set(1.0f / float(c));
   for (int v = 0; v < T; v += 2) {
-    V a0 = set(0.0f), a1 = a0, q0 = a0, q1 = a0;
+    V a[4], q[4];  // of two vectors, even and odd channels
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) a[k] = q[k] = set(0.0f);
     const V* p = x + v;
     V* y = to + v;
-    for (int i = 0; i < c; ++i) a0 += p[i * T], a1 += p[i * T + 1];
-    a0 = a0 * by, a1 = a1 * by;
-    for (int i = 0; i < c; ++i) {
-      V d0 = p[i * T] - a0, d1 = p[i * T + 1] - a1;
-      q0 = fma(d0, d0, q0), q1 = fma(d1, d1, q1);
+    for (int i = 0; i + 1 < c; i += 2)
+      a[0] += p[i * T], a[1] += p[i * T + 1], a[2] += p[i * T + T], a[3] += p[i * T + T + 1];
+    if (c % 2) a[0] += p[(c - 1) * T], a[1] += p[(c - 1) * T + 1];
+    a[0] = (a[0] + a[2]) * by, a[1] = (a[1] + a[3]) * by;
+    auto add = [&](int i, int k) {
+      V d0 = p[i * T] - a[0], d1 = p[i * T + 1] - a[1];
+      q[k] = fma(d0, d0, q[k]), q[k + 1] = fma(d1, d1, q[k + 1]);
       y[i * step] = d0, y[i * step + 1] = d1;
-    }
-    q0 = set(1.0f) / root(fma(q0, by, set(eps))), q1 = set(1.0f) / root(fma(q1, by, set(eps)));
-    for (int i = 0; i < c; ++i) y[i * step] = y[i * step] * q0, y[i * step + 1] = y[i * step + 1] * q1;
-    scale[v] = q0, scale[v + 1] = q1;
+    };
+    for (int i = 0; i + 1 < c; i += 2) add(i, 0), add(i + 1, 2);
+    if (c % 2) add(c - 1, 0);
+    q[0] = set(1.0f) / root(fma(q[0] + q[2], by, set(eps))), q[1] = set(1.0f) / root(fma(q[1] + q[3], by, set(eps)));
+    for (int i = 0; i < c; ++i) y[i * step] = y[i * step] * q[0], y[i * step + 1] = y[i * step + 1] * q[1];
+    scale[v] = q[0], scale[v + 1] = q[1];
   }
 }
 
@@ -83,10 +89,12 @@ inline void curves(const V* x, V* p, V* slope) {
 template <bool BACK, class K>
 void gelu(const Plan& s, Tile<K>& t) {
   const V none = set(0.0f);
-  for (int r = 0; r < s.hidden; r += 2)
-    for (int v = 0; v < s.T; v += 2) {
-      bool two = r + 1 < s.hidden;
-      V *p = t.h.rows + r * t.step + v, *q = p + t.step, *flat = t.h.flat + r * t.flat_step + v / 2;
+  const int T = s.T, hidden = s.hidden, step = t.step, flat_step = t.flat_step;
+  V *const h = t.h.rows, *const kept = t.h.flat, *const woven = t.woven, *const steep = t.slope;
+  for (int r = 0; r < hidden; r += 2)
+    for (int v = 0; v < T; v += 2) {
+      bool two = r + 1 < hidden;
+      V *p = h + r * step + v, *q = p + step, *flat = kept + r * flat_step + v / 2;
       V x[4] = {p[0], p[1], two ? q[0] : none, two ? q[1] : none}, y[4], slope[4];
       curves<BACK, K>(x, y, slope);
 #pragma GCC unroll 4
@@ -94,13 +102,13 @@ void gelu(const Plan& s, Tile<K>& t) {
       if constexpr (!Tile<K>::APART) {
         p[0] = y[0], p[1] = y[1], q[0] = y[2], q[1] = y[3];
       } else if constexpr (BACK) {
-        flat[0] = K::join(y[0], y[1]), flat[t.flat_step] = K::join(y[2], y[3]);
+        flat[0] = K::join(y[0], y[1]), flat[flat_step] = K::join(y[2], y[3]);
       } else {
-        t.woven[r / 2 * s.T + v] = K::weave(y[0], y[2]), t.woven[r / 2 * s.T + v + 1] = K::weave(y[1], y[3]);
+        woven[r / 2 * T + v] = K::weave(y[0], y[2]), woven[r / 2 * T + v + 1] = K::weave(y[1], y[3]);
       }
       if (!BACK) continue;
-      V* to = t.slope + r * s.T + v;
-      to[0] = slope[0], to[1] = slope[1], to[s.T] = slope[2], to[s.T + 1] = slope[3];
+      V* to = steep + r * T + v;
+      to[0] = slope[0], to[1] = slope[1], to[T] = slope[2], to[T + 1] = slope[3];
     }
 }
 
@@ -128,9 +136,11 @@ template <class K>
 void backward_tile(const Plan& s, const Packed<K>& w, Tile<K>& t) {
   int c = s.c, T = s.T, step = t.step, S = K::U == 1 ? step : T;
   auto side = [&](const Side& x, int rows) { return t.template settled<true>(s, x, rows); };
-  auto scaled = [&](const Side& x, const V* by) {
-    for (int i = 0; i < c; ++i)
-      for (int v = 0; v < T; ++v) x.rows[i * step + v] = t.y[i * T + v] * by[v];
+  auto scaled = [&, c, T, step](const Side& x, const V* by) {
+    const V* from = t.y;
+    V* to = x.rows;
+    for (int i = 0; i < c; ++i, from += T, to += step)
+      for (int v = 0; v < T; v += 2) to[v] = from[v] * by[v], to[v + 1] = from[v + 1] * by[v + 1];
     return side(x, c);
   };
   product<K>(w.fc2_t, nullptr, s.hidden, c, scaled(t.dz2, t.s2), S, T,

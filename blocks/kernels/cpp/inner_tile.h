@@ -103,19 +103,22 @@ struct Tile {
 
   // A side as `product` reads it, and kept for the gradients.
   template <bool KEEP>
-  const V* settled(const Plan& s, const Side& side, int rows) {
+  const V* settled(const Plan& s, const Side side, int rows) {
     if constexpr (!APART) {
       return side.rows;
     } else {
       const V none = set(0.0f);
-      for (int r = 0; r < rows; r += 2)
-        for (int v = 0; v < s.T; v += 2) {
-          const V* p = side.rows + r * step + v;
+      const int T = s.T, apart = step, flat_apart = flat_step;
+      V* to = woven;
+      for (int r = 0; r < rows; r += 2, to += T)
+        for (int v = 0; v < T; v += 2) {
+          const V* p = side.rows + r * apart + v;
           bool two = r + 1 < rows;
-          V a0 = p[0], a1 = p[1], b0 = two ? p[step] : none, b1 = two ? p[step + 1] : none;
-          woven[r / 2 * s.T + v] = K::weave(a0, b0), woven[r / 2 * s.T + v + 1] = K::weave(a1, b1);
-          if (KEEP) side.flat[r * flat_step + v / 2] = K::join(a0, a1);
-          if (KEEP && two) side.flat[(r + 1) * flat_step + v / 2] = K::join(b0, b1);
+          V a0 = p[0], a1 = p[1], b0 = two ? p[apart] : none, b1 = two ? p[apart + 1] : none;
+          to[v] = K::weave(a0, b0), to[v + 1] = K::weave(a1, b1);
+          V* flat = side.flat + r * flat_apart + v / 2;
+          if (KEEP) flat[0] = K::join(a0, a1);
+          if (KEEP && two) flat[flat_apart] = K::join(b0, b1);
         }
       return woven;
     }
@@ -124,24 +127,26 @@ struct Tile {
 
 // ---- memory (sets, channels, words) to rows and back; lanes without a word are zero
 
+// Numbers of the plan are read once here and below: for all the compiler knows, a vector that is written changes them.
 template <int M>
 void load(const Plan& s, const float* x, int64_t first, V* to) {
-  int m = M ? M : s.m, sets = int(std::min<int64_t>(s.sets_in_tile, s.sets - first));
-  bool full = m == s.padded && sets == s.sets_in_tile;
-  for (int i = 0; i < s.c; ++i) {
-    float* row = reinterpret_cast<float*>(to + i * s.T);
-    if (!full) std::memset(row, 0, s.T * sizeof(V));
-    for (int n = 0; n < sets; ++n) std::memcpy(row + n * s.padded, x + ((first + n) * s.c + i) * m, m * sizeof(float));
-  }
+  const int m = M ? M : s.m, c = s.c, row = s.T * LANES, padded = s.padded;
+  const int sets = int(std::min<int64_t>(s.sets_in_tile, s.sets - first));
+  float* at = reinterpret_cast<float*>(to);
+  if (m < padded || sets < s.sets_in_tile) std::memset(at, 0, size_t(c) * row * sizeof(float));
+  x += first * c * m;
+  for (int n = 0; n < sets; ++n, at += padded)
+    for (int i = 0; i < c; ++i, x += m) std::memcpy(at + i * row, x, m * sizeof(float));
 }
 
 template <int M>
 void store(const Plan& s, const V* from, int64_t first, float* x) {
-  int m = M ? M : s.m, sets = int(std::min<int64_t>(s.sets_in_tile, s.sets - first));
-  for (int i = 0; i < s.c; ++i) {
-    const float* row = reinterpret_cast<const float*>(from + i * s.T);
-    for (int n = 0; n < sets; ++n) std::memcpy(x + ((first + n) * s.c + i) * m, row + n * s.padded, m * sizeof(float));
-  }
+  const int m = M ? M : s.m, c = s.c, row = s.T * LANES, padded = s.padded;
+  const int sets = int(std::min<int64_t>(s.sets_in_tile, s.sets - first));
+  const float* at = reinterpret_cast<const float*>(from);
+  x += first * c * m;
+  for (int n = 0; n < sets; ++n, at += padded)
+    for (int i = 0; i < c; ++i, x += m) std::memcpy(x, at + i * row, m * sizeof(float));
 }
 
 // The sizes that nets have are known to the compiler.
@@ -152,10 +157,13 @@ void store(const Plan& s, const V* from, int64_t first, float* x) {
   s.m == 16 ? store<16>(s, from, first, x) : s.m == 4 ? store<4>(s, from, first, x) : store<0>(s, from, first, x);
 }
 
+// What the branches of a tile's sets are multiplied by.
 void load_factors(const Plan& s, const float* factors, int64_t first, V* to) {
+  const int padded = s.padded, sets = s.sets_in_tile;
+  const int64_t left = s.sets - first;
   float* lanes = reinterpret_cast<float*>(to);
-  for (int i = 0; i < s.T * LANES; ++i) {
-    int64_t set = first + i / s.padded;
-    lanes[i] = factors ? set < s.sets ? factors[set] : 0.0f : 1.0f;
+  for (int n = 0; n < sets; ++n, lanes += padded) {
+    float by = !factors ? 1.0f : n < left ? factors[first + n] : 0.0f;
+    for (int i = 0; i < padded; ++i) lanes[i] = by;
   }
 }
