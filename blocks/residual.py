@@ -7,8 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from blocks.base import GateFactory, Site
+from blocks.base import GateFactory, Norm, Site
 from blocks.gates import NoGate
+from blocks.kernels import norm as kernel
+from blocks.kernels.linear import precision, unhooked
+from blocks.norms import LayerNorm
 
 
 def drop_path(x: Tensor, rate: float) -> Tensor:
@@ -50,11 +53,24 @@ class Residual(nn.Module):
             y = y * self.layer_scale
         if self.scale != 1.0:
             y = y * self.scale
+        if x.dtype is torch.float32 and y.dtype is torch.bfloat16 and x.shape == y.shape:
+            if kernel.serves(y.dtype, x, y):
+                return kernel.added(x, y, self.factor(x))
         if self.training and self.rate > 0.0:
             if x.dtype is y.dtype:
                 return torch.addcmul(x, y, kept(y, self.rate))
             y = drop_path(y, self.rate)
         return x + y
+
+    def factor(self, x: Tensor) -> Tensor | None:
+        """What stochastic depth multiplies the samples of a branch by, drawn anew; None for nothing."""
+        return kept(x, self.rate) if self.training and self.rate > 0.0 else None
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing happens to the branch but stochastic depth, and nobody looks."""
+        known = type(self) is Residual and type(self.gate) is NoGate and unhooked(self, self.gate)
+        return known and self.layer_scale is None and self.scale == 1.0
 
     def extra_repr(self) -> str:
         return f"drop_path={self.rate:.3g}" + (f", scale={self.scale}" if self.scale != 1.0 else "")
@@ -73,6 +89,29 @@ class LearnedResidual(Residual):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return super().forward(self.skip * x, self.branch * y)
+
+
+def add_norm(
+    x: Tensor, norm: Norm, low: bool, branch: Tensor | None = None, residual: Residual | None = None, words: int = 0
+) -> tuple[Tensor, Tensor] | None:
+    """`residual(x, branch)`, and what `norm` makes of that, in one operation; None where there is no kernel for it.
+
+    Args:
+        low: whether all that is done with the norm's result are products: under autocast it may have their precision.
+        branch: None for none, and x itself in the place of the sum; to be used instead of x, as it brings x's gradients
+            together.
+        words: as of the kernel.
+    """
+    if type(norm) is not LayerNorm or x.dtype is not torch.float32 or not unhooked(norm):
+        return None
+    dtype = torch.bfloat16 if low and precision(x) is torch.bfloat16 else torch.float32
+    if branch is not None and not (branch.dtype is dtype and residual is not None and residual.plain):
+        return None
+    weight, bias = norm.weight, norm.bias
+    if not kernel.serves(dtype, x, weight, bias, branch) or not kernel.learns(weight, bias, x, branch):
+        return None
+    factor = None if residual is None else residual.factor(x)
+    return kernel.add_norm(x, weight, bias, norm.eps, dtype, branch, factor, words)
 
 
 ResidualFactory = Callable[[Site], Residual]

@@ -20,9 +20,10 @@ from blocks.base import (
     to_map,
     tokens,
 )
+from blocks.kernels.linear import Linear, unhooked
 from blocks.mlp import Mlp
 from blocks.norms import LayerNorm
-from blocks.residual import Residual, ResidualFactory
+from blocks.residual import Residual, ResidualFactory, add_norm
 
 
 class Encoder(Block):
@@ -74,22 +75,32 @@ class Encoder(Block):
         return parts | {"map", "prefix"} if self.prefix_only else PARTS
 
     def forward(self, features: Features) -> Features:
-        map, prefix = features.map, features.prefix
-        grid = (map.shape[2], map.shape[3])
-        x = tokens(map)
-        count = 0
-        if prefix is not None:
-            x, count = torch.cat([prefix, x], dim=1), prefix.shape[1]
-        y = self.norm1(x)
-        turn = {"turn": features.turn} if self.mixer.by_turn else {}
+        x = tokens(features.map)
+        return self.encode(features, x if features.prefix is None else torch.cat([features.prefix, x], dim=1))
+
+    def encode(self, features: Features, x: Tensor) -> Features:
+        """`forward`, of the prefix and the map that lie in `x` as tokens; of `features` the map's grid is read."""
+        grid, prefix = (features.map.shape[2], features.map.shape[3]), features.prefix
+        count = 0 if prefix is None else prefix.shape[1]
+        mixer, residual = self.mixer, self.mixer_residual
+        multiplies = type(mixer) is Attention and type(mixer.qkv) is Linear and unhooked(mixer, mixer.qkv)
+        x, y = add_norm(x, self.norm1, multiplies) or (x, self.norm1(x))
+        turn = {"turn": features.turn} if mixer.by_turn else {}
         if self.prefix_only:
-            x = self.mixer_residual(cast(Tensor, prefix), self.mixer(y, grid, rows=count, **turn))
-            return features.replace(prefix=self._feed_forward(x, (0, 0)))
-        x = self._feed_forward(self.mixer_residual(x, self.mixer(y, grid, **turn)), grid)
+            x = residual(cast(Tensor, prefix), mixer(y, grid, rows=count, **turn))
+            return features.replace(prefix=self._feed_forward(x, self.norm2(x), (0, 0)))
+        y = mixer(y, grid, **turn)
+        mlp = self.mlp
+        multiplies = type(mlp) is Mlp and type(mlp.fc1) is Linear and unhooked(mlp, mlp.fc1) and not self.norm_stream
+        both = add_norm(x, self.norm2, multiplies, y, residual)
+        if both is None:
+            x = residual(x, y)
+            both = x, self.norm2(x)
+        x = self._feed_forward(*both, grid)
         if prefix is None:
             return features.replace(map=to_map(x, grid))
-        return features.replace(map=to_map(x[:, count:], grid), prefix=x[:, :count])
+        prefix, x = x.split([count, x.shape[1] - count], dim=1)
+        return features.replace(map=to_map(x, grid), prefix=prefix)
 
-    def _feed_forward(self, x: Tensor, grid: Grid) -> Tensor:
-        y = self.norm2(x)
+    def _feed_forward(self, x: Tensor, y: Tensor, grid: Grid) -> Tensor:
         return self.mlp_residual(y if self.norm_stream else x, self.mlp(y, grid))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blocks.kernels import native, onednn
-from blocks.kernels.linear import eager
+from blocks.kernels.linear import eager, grad_bias, product
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -56,10 +56,7 @@ class _GeluLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         rows = activated(x).view(-1, x.shape[-1])
-        if x.dtype is torch.float32:
-            out = onednn.forward(rows, weight, bias)
-        else:
-            out = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        out = product(rows, weight, bias, x.dtype is torch.float32)
         # Not a view, which could not be changed in place behind a Function.
         return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
@@ -76,5 +73,5 @@ class _GeluLinear(torch.autograd.Function):
         dx = onednn.grad_input(rows, weight) if fast else rows @ weight.to(x.dtype)
         made = activated(x, dx).view_as(dx)
         dw = onednn.grad_weight(rows, made) if fast else (rows.t() @ made).to(weight.dtype)
-        db = rows.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        db = grad_bias(rows).to(weight.dtype) if ctx.needs_input_grad[2] else None
         return dx.view_as(x), dw, db

@@ -29,12 +29,6 @@ enum { Q, K_, V_, OUT, DQ = 4, DK, DV };
 
 constexpr int BLOCK_BYTES = 256 * 1024, MOST_ROWS = 96;  // of scores
 
-inline float total(V a) {
-  __m128 x = fold(a);
-  x = x + _mm_movehl_ps(x, x);
-  return x[0] + x[1];
-}
-
 inline float highest(V a) {
   float x[LANES], y[4];
   storeu(x, a);

@@ -68,6 +68,12 @@ inline V quads(V a, V b) {
 inline __m128 fold(V a) { return _mm256_castps256_ps128(a) + _mm256_extractf128_ps(a, 1); }
 #endif
 
+inline float total(V a) {
+  __m128 x = fold(a);
+  x = x + _mm_movehl_ps(x, x);
+  return x[0] + x[1];
+}
+
 constexpr float LOG2E = 1.44269504f;
 
 // What the next two do is a long chain for each vector: steps of several vectors in turn keep the processor busy.

@@ -1,0 +1,272 @@
+"""LayerNorm together with the residual stream around it, on the CPU: one pass over memory each way (`cpp/norm.cpp`).
+
+A block adds a branch to its stream, norms the sum, and multiplies what comes out. Here the addition and the norm are
+one operation; under autocast its result is in the product's precision at once. Its backward pass adds the stream's
+gradient to the norm's, and gives the branch's. For it the sum is kept, and two numbers for each row.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blocks.kernels import native
+from blocks.kernels.linear import Recipe, eager
+
+# What a row may hold, and of how many rows the gradients of weight and bias are summed at first, as in norm.cpp.
+MOST, CHUNK = 2048, 64
+
+
+def serves(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+    """Whether the kernels work on these, of which the first has the width, with results in `dtype`."""
+    dim = tensors[0].shape[-1]  # type: ignore[union-attr]
+    if dim % 16 or dim > MOST or not eager(*tensors):
+        return False
+    if not all(t is None or (t.is_contiguous() and t.numel()) for t in tensors):
+        return False
+    library = native.library()
+    return library is not None and hasattr(library, name("norm_forward", dtype))
+
+
+def reads(x: Tensor) -> bool:
+    """Whether the samples of tokens `(B, N, C)` are whole rows of float32, of ordinary memory."""
+    return eager(x) and x.dtype is torch.float32 and x.stride()[1:] == (x.shape[2], 1)
+
+
+def name(function: str, dtype: torch.dtype) -> str:
+    return function + ("_bf16" if dtype is torch.bfloat16 else "")
+
+
+def learns(weight: Tensor, bias: Tensor, *inputs: Tensor | None) -> bool:
+    """Whether all gradients of a norm are wanted, or none: the kernels give all."""
+    some = any(t is not None and t.requires_grad for t in inputs)
+    return not torch.is_grad_enabled() or (some == weight.requires_grad == bias.requires_grad)
+
+
+def watched(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_int64), ("group", ctypes.c_int64), ("dim", ctypes.c_int32), ("threads", ctypes.c_int32),
+        ("words", ctypes.c_int32), ("eps", ctypes.c_float),
+    ]  # fmt: skip
+
+    @classmethod
+    def of(cls, x: Tensor, eps: float = 0.0, words: int = 0) -> Shape:
+        """Of rows `(samples, …, dim)`."""
+        dim = x.shape[-1]
+        rows = x.numel() // dim
+        return cls(rows, rows // x.shape[0], dim, torch.get_num_threads(), words, eps)
+
+
+class Places(ctypes.Structure):
+    """Where the rows of float32 tokens `(B, N, C)` lie."""
+
+    _fields_ = [("at", ctypes.c_void_p), ("sample", ctypes.c_int64)]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Places:
+        return cls(x.data_ptr(), x.stride(0))
+
+
+def call(function: str, dtype: torch.dtype, shape: Shape, *places: Tensor | ctypes.Structure | None) -> None:
+    def address(place: Tensor | ctypes.Structure | None) -> Any:
+        if isinstance(place, Tensor):
+            return ctypes.c_void_p(place.data_ptr())
+        return None if place is None else ctypes.byref(place)
+
+    getattr(native.library(), name(function, dtype))(
+        ctypes.byref(shape), *(address(place) for place in places), native.threads()
+    )
+
+
+def add_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    branch: Tensor | None = None,
+    factor: Tensor | None = None,
+    words: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The sum `x + factor · branch` of float32 rows `(samples, …, dim)`, and what a norm makes of it, in `dtype`.
+
+    Args:
+        branch: of the shape of x, in `dtype`; without one the sum is x, whose gradients then come together here.
+        factor: of each sample's branch.
+        words: into so many a row is divided, by whose channels it lies in memory while the norm goes by words: a
+            multiple of 16, or 0.
+    """
+    if watched(x, branch, weight):
+        stream, made = _AddNorm.apply(x, weight, bias, eps, dtype, branch, factor, words)
+        stats = made.grad_fn.stats
+        del made.grad_fn.stats
+        make = partial(_again, eps, dtype, words)
+        made.recipe = Recipe(make, (stream, stats, weight, bias), made._version)
+        return stream, made
+    stream, made, _ = _forward(x, weight, bias, eps, dtype, branch, factor, words)
+    return stream, made
+
+
+def added(x: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
+    """`x + factor · branch` of float32 and bfloat16 `(samples, …, dim)`."""
+    return _Add.apply(x, branch, factor) if watched(x, branch) else _sum(x, branch, factor)
+
+
+def norm_onto(y: Tensor, weight: Tensor, bias: Tensor, eps: float, x: Tensor, prefix: Tensor | None) -> Tensor:
+    """`x + norm(y)` of tokens `(B, N, C)`, behind `prefix` if there is one. Samples of x may be any distance apart."""
+    if watched(y, weight, x):
+        return _NormOnto.apply(y, weight, bias, eps, x, prefix)
+    return _onto(y, weight, bias, eps, x, prefix)[0]
+
+
+def _sum(x: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
+    total = torch.empty_like(x)
+    rest = (None, None, total, None, None)
+    call("norm_forward", branch.dtype, Shape.of(x), x, branch, factor, *rest)
+    return total
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    branch: Tensor | None,
+    factor: Tensor | None,
+    words: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum, its norm, and mean and inverse deviation of each row."""
+    shape = Shape.of(x, eps, words)
+    total, made = x if branch is None else torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+    stats = x.new_empty(shape.rows, 2)
+    call("norm_forward", dtype, shape, x, branch, factor, weight, bias, total, stats, made)
+    return total, made, stats
+
+
+def _again(
+    eps: float, dtype: torch.dtype, words: int, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """What the norm made."""
+    if torch.is_grad_enabled():
+        x = x.unflatten(-1, (-1, words)).transpose(-1, -2).flatten(-2) if words else x
+        return F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
+    made = torch.empty_like(x, dtype=dtype)
+    call("norm_again", dtype, Shape.of(x, words=words), x, weight, bias, stats, made)
+    return made
+
+
+def _parts(shape: Shape, like: Tensor) -> Tensor:
+    """Room for the gradients of weight and bias of each chunk of rows."""
+    return like.new_empty(-(-shape.rows // CHUNK), 2, shape.dim, dtype=torch.float32)
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        branch: Tensor | None,
+        factor: Tensor | None,
+        words: int,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.eps, ctx.words, ctx.dtype, ctx.with_branch = eps, words, dtype, branch is not None
+        total, made, ctx.stats = _forward(x, weight, bias, eps, dtype, branch, factor, words)
+        ctx.save_for_backward(total, ctx.stats, weight, bias, factor)
+        return total, made
+
+    @staticmethod
+    def backward(ctx: Any, stream: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, stats, weight, bias, factor = ctx.saved_tensors
+        dw = db = dbranch = None
+        if torch.is_grad_enabled():  # these gradients will be differentiated in turn
+            dx = torch.zeros_like(x) if stream is None else stream
+            if grad is not None:
+                made = _again(ctx.eps, ctx.dtype, ctx.words, x, stats, weight, bias)
+                more, dw, db = torch.autograd.grad(made, (x, weight, bias), grad, create_graph=True)
+                dx = dx + more
+            if ctx.with_branch:
+                dbranch = (dx if factor is None else dx * factor.view(-1, *[1] * (x.dim() - 1))).to(ctx.dtype)
+            return dx, dw, db, None, None, dbranch, None, None
+        stream, shape = None if stream is None else stream.contiguous(), Shape.of(x, words=ctx.words)
+        if ctx.with_branch:
+            dbranch = torch.empty_like(x, dtype=ctx.dtype)
+        if grad is None:
+            if stream is not None and dbranch is not None:
+                call("norm_scaled", ctx.dtype, shape, stream, factor, dbranch)
+            return stream, None, None, None, None, None if stream is None else dbranch, None, None
+        dx, parts = torch.empty_like(x), _parts(shape, x)
+        call("norm_backward", ctx.dtype, shape, x, weight, stats, grad.contiguous(), stream,
+             factor, dx, dbranch, parts)  # fmt: skip
+        dw, db = parts.sum(0)
+        return dx, dw, db, None, None, dbranch, None, None
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
+        ctx.save_for_backward(factor)
+        ctx.dtype = branch.dtype
+        return _sum(x, branch, factor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (factor,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # these gradients will be differentiated in turn
+            own = grad if factor is None else grad * factor.view(-1, *[1] * (grad.dim() - 1))
+            return grad, own.to(ctx.dtype), None
+        dbranch, grad = torch.empty(grad.shape, dtype=ctx.dtype), grad.contiguous()
+        call("norm_scaled", ctx.dtype, Shape.of(grad), grad, factor, dbranch)
+        return grad, dbranch, None
+
+
+def _onto(
+    y: Tensor, weight: Tensor, bias: Tensor, eps: float, x: Tensor, prefix: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The tokens, and mean and inverse deviation of each row of y."""
+    (b, n, dim), count = x.shape, 0 if prefix is None else prefix.shape[1]
+    made, stats = x.new_empty(b, count + n, dim), x.new_empty(b * n, 2)
+    if prefix is not None:
+        made[:, :count] = prefix
+    places = (Places.of(x), stats, Places.of(made[:, count:]))
+    call("norm_onto", y.dtype, Shape.of(y, eps), y, weight, bias, *places)
+    return made, stats
+
+
+class _NormOnto(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, weight: Tensor, bias: Tensor, eps: float, x: Tensor, prefix: Tensor | None
+    ) -> Tensor:
+        made, stats = _onto(y, weight, bias, eps, x, prefix)
+        ctx.save_for_backward(y, stats, weight, bias)
+        ctx.eps, ctx.count = eps, 0 if prefix is None else prefix.shape[1]
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        y, stats, weight, bias = ctx.saved_tensors
+        rest, first = grad[:, ctx.count :], grad[:, : ctx.count] if ctx.count else None
+        if torch.is_grad_enabled():  # these gradients will be differentiated in turn
+            made = F.layer_norm(y.float(), weight.shape, weight, bias, ctx.eps)
+            dy, dw, db = torch.autograd.grad(made, (y, weight, bias), rest, create_graph=True)
+            return dy, dw, db, None, rest, first
+        grad, shape = grad.contiguous(), Shape.of(y)
+        dy, parts = torch.empty_like(y), _parts(shape, y)
+        call("norm_onto_back", y.dtype, shape, y, weight, stats, Places.of(grad[:, ctx.count :]), dy, parts)
+        dw, db = parts.sum(0)
+        return dy, dw, db, None, rest, first
