@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocks.base import Norm
+from blocks.kernels.batch_norm import batch_norm
 from blocks.kernels.linear import recomputable
 
 
@@ -61,10 +62,11 @@ class BatchNorm(Norm):
         self.bn = nn.BatchNorm2d(dim, eps=eps, momentum=momentum)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(x.reshape(-1, x.shape[-1], 1, 1)).reshape(x.shape)
+        return self.on_map(x.reshape(-1, x.shape[-1], 1, 1)).reshape(x.shape)
 
     def on_map(self, map: Tensor) -> Tensor:
-        return self.bn(map)
+        made = batch_norm(self.bn, map)
+        return self.bn(map) if made is None else made
 
 
 class NoNorm(Norm):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from blocks.base import Site, linear
-from blocks.kernels import folded, native, onednn
+from blocks.kernels import batch_norm, folded, native, onednn
 from blocks.kernels import linear as kernels
 from blocks.mlp import GELU, Mlp, ReLU
 from blocks.nextvit import NCB, NTB, Downsample
@@ -338,6 +338,7 @@ def test_what_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
     monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: runs.append(self) or F.batch_norm(
         x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps))  # fmt: skip
+    monkeypatch.setattr(batch_norm, "available", lambda dtype: False)  # which would serve in training
     ncb = NCB(Site.at(32, 6, dim=64, stride=2))
     given = features(Site.at(32, 6).inp, batch=40)
     with torch.no_grad():

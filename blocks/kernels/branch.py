@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from blocks.base import Grid, Norm
 from blocks.gates import NoGate
-from blocks.kernels import onednn
+from blocks.kernels import batch_norm, onednn
 from blocks.kernels.linear import DTYPES, Linear, eager, precision, unhooked
 from blocks.mlp import Mlp, ReLU
 from blocks.norms import BatchNorm
@@ -53,12 +53,8 @@ def branch(residual: Residual, norm: Norm, mlp: nn.Module, x: Tensor, grid: Grid
     bn = norm.bn
     assert isinstance(mlp, Mlp)
     assert isinstance(bn, nn.BatchNorm2d)
-    assert bn.num_batches_tracked is not None
-    assert bn.momentum is not None
     with torch.no_grad():
-        bn.num_batches_tracked.add_(1)
-        map = x.detach().unflatten(1, grid).permute(0, 3, 1, 2)
-        mean, variance = torch.batch_norm_update_stats(map, bn.running_mean, bn.running_var, bn.momentum)
+        mean, variance = batch_norm.statistics(bn, x.detach().unflatten(1, grid).permute(0, 3, 1, 2))
     keep = None
     if residual.training and residual.rate > 0.0:
         keep = kept(x, residual.rate)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from blocks.base import Act, Norm
 from blocks.gates import NoGate
 from blocks.kernels import onednn
+from blocks.kernels.batch_norm import batch_norm
 from blocks.kernels.linear import DTYPES, Linear, eager, linear, linear_relu, precision, unhooked
 from blocks.mlp import Mlp, ReLU
 from blocks.norms import BatchNorm
@@ -86,7 +87,12 @@ def conv_norm_act(conv: nn.Module, norm: Norm, act: Act, map: Tensor) -> Tensor:
     folded = conv_norm(conv, norm, act, map)
     if folded is not None:
         return folded(map)
-    map = norm.on_map(conv(map))
+    map = conv(map)
+    if type(act) is ReLU and type(norm) is BatchNorm and unhooked(norm, act):
+        made = batch_norm(norm.bn, map, relu=True)
+        if made is not None:
+            return made
+    map = norm.on_map(map)
     # A batch norm's backward does not look at what it gave, so there is no need for a second map.
     if type(act) is ReLU and type(norm) is BatchNorm and eager(map) and unhooked(norm, norm.bn, act):
         return F.relu_(map)
