@@ -181,7 +181,7 @@ def last_layer(mixer: nn.Module) -> nn.Module:
 def added_mlp(residual: Residual, norm: Norm, mlp: FeedForward, x: Tensor, grid: Grid, fresh: bool = True) -> Tensor:
     """`residual(x, mlp(norm(x)))`; `fresh` says that nobody else has `x`."""
     if branch.serves(residual, norm, mlp, x):
-        return branch.branch(residual, norm, mlp, x, grid)
+        return branch.branch(residual, norm, mlp, x)
     made = mlp_onto(norm, mlp, x) if fresh and adds(residual) else None
     if made is not None:
         return made

@@ -6,7 +6,6 @@ For the backward pass it keeps its input alone: where ReLU was at work is found 
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -53,23 +52,6 @@ def count(bn: nn.BatchNorm2d) -> None:
         bn.num_batches_tracked.add_(1)
 
 
-def call(name: str, dtype: torch.dtype, *args: Tensor | float | int | None) -> None:
-    """The kernel of that name for `dtype`, on tensors and numbers; float is double, int is int64 and bool is int."""
-    given: list[Any] = []
-    for arg in args:
-        if isinstance(arg, Tensor):
-            given.append(ctypes.c_void_p(arg.data_ptr()))
-        elif isinstance(arg, bool):
-            given.append(ctypes.c_int(arg))
-        elif isinstance(arg, int):
-            given.append(ctypes.c_int64(arg))
-        else:
-            given.append(arg if arg is None else ctypes.c_double(arg))
-    kernel = getattr(native.library(), f"{name}_bf16" if dtype is torch.bfloat16 else name)
-    if kernel(*given, torch.get_num_threads(), native.threads()):
-        raise MemoryError(f"{name} had no memory to work in")
-
-
 def forward(
     map: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, eps: float,
     momentum: float, relu: bool = False, made: Tensor | None = None,
@@ -80,22 +62,19 @@ def forward(
     """
     channels = map.shape[1]
     moments, folded = weight.new_empty(2, channels, dtype=torch.float64), weight.new_empty(3, channels)
-    call("batch_norm", map.dtype, map, map.numel() // channels, channels, weight, bias, eps, momentum, running_mean,
-         running_var, moments, folded, relu, made)  # fmt: skip
+    native.call("batch_norm", map.dtype, map, map.numel() // channels, channels, weight, bias, eps, momentum,
+                running_mean, running_var, moments, folded, relu, made)  # fmt: skip
     torch.autograd.graph.increment_version((running_mean, running_var))
     return moments, folded
 
 
 def statistics(bn: nn.BatchNorm2d, map: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel of a map, which the running statistics of a norm in training learn of."""
-    count(bn)
+    """What `forward` gives for a map that it serves."""
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
     assert bn.momentum is not None
-    if serves(bn, map):
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        moments, _ = forward(map, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, bn.momentum)
-        return moments[0].float(), moments[1].float()
-    return torch.batch_norm_update_stats(map, bn.running_mean, bn.running_var, bn.momentum)
+    count(bn)
+    return forward(map, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, bn.momentum)
 
 
 def _plain(map: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> Tensor:
@@ -130,6 +109,6 @@ class _BatchNorm(torch.autograd.Function):
         dx = torch.empty_like(map) if needed[0] else None
         dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
         channels = len(weight)
-        call("batch_norm_back", map.dtype, map, grad, map.numel() // channels, channels, ctx.eps, moments, folded,
-             ctx.relu, dweight, dbias, dx)  # fmt: skip
+        native.call("batch_norm_back", map.dtype, map, grad, map.numel() // channels, channels, ctx.eps, moments,
+                    folded, ctx.relu, dweight, dbias, dx)  # fmt: skip
         return dx, dweight if needed[1] else None, dbias if needed[2] else None, *5 * (None,)

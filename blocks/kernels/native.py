@@ -18,8 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread"]
@@ -118,3 +120,20 @@ def threads() -> ctypes.c_void_p:
         except (OSError, AttributeError):
             continue
     return ctypes.c_void_p()
+
+
+def call(name: str, dtype: torch.dtype, *args: Tensor | float | int | None) -> None:
+    """The kernel of that name for `dtype`, on tensors and numbers; float is double, int is int64 and bool is int."""
+    given: list[Any] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            given.append(ctypes.c_void_p(arg.data_ptr()))
+        elif isinstance(arg, bool):
+            given.append(ctypes.c_int(arg))
+        elif isinstance(arg, int):
+            given.append(ctypes.c_int64(arg))
+        else:
+            given.append(arg if arg is None else ctypes.c_double(arg))
+    kernel = getattr(library(), f"{name}_bf16" if dtype is torch.bfloat16 else name)
+    if kernel(*given, torch.get_num_threads(), threads()):
+        raise MemoryError(f"{name} had no memory to work in")

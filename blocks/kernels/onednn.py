@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blocks.kernels import native
 from blocks.kernels.native import cache_folder
 
 # No product with fewer floating-point operations is tried: the calls themselves take as long.
@@ -71,11 +72,21 @@ def grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     first, second = (x, grad.contiguous()) if flip else (grad, x.contiguous())
     count = max(1, -(-rows // ROWS))
     pieces = zip(first.tensor_split(count), second.tensor_split(count), strict=True)
-    parts = (forward(a.t(), b.t(), None) for a, b in pieces)
+    parts = (forward(turned(a), b.t(), None) for a, b in pieces)
     total = next(parts)
     for part in parts:
         total += part
-    return total.t().contiguous() if flip else total
+    return turned(total) if flip else total
+
+
+def turned(x: Tensor) -> Tensor:
+    """`xᵀ` of a float32 matrix, contiguous: torch copies number by number."""
+    rows, width = x.shape
+    made = x.new_empty(width, rows)
+    if not (x.is_contiguous() and rows and width % 16 == 0 and native.library() is not None):
+        return made.copy_(x.t())
+    native.call("branch_turned", x.dtype, x, rows, width, made)
+    return made
 
 
 def faster(flops: float) -> bool:

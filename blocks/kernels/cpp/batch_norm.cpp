@@ -6,35 +6,7 @@
 namespace {
 
 #include "words.h"
-
-constexpr int BLOCK = 32;  // rows that are summed in float32; those sums are added in float64
-constexpr int WIDE = 4;    // vectors of a row that are worked on at a time
-
-// `a` where y is above 0, or NaN; and 0 elsewhere: the slope of ReLU, as torch has it.
-inline V above(V y, V a) {
-#if LANES == 16
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NLE_UQ), a);
-#else
-  return _mm256_and_ps(_mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_NLE_UQ), a);
-#endif
-}
-
-// Calls work(first, end, part) for parts of the rows; gives their number.
-template <class F>
-int split(int64_t rows, int64_t width, int threads, Parallel parallel, const F& work) {
-  int64_t blocks = (rows + BLOCK - 1) / BLOCK;
-  int parts = int(std::max<int64_t>(1, std::min<int64_t>({int64_t(threads), rows * width >> 15, blocks})));
-  run(parts, parallel, [&](int i) { work(blocks * i / parts * BLOCK, std::min(rows, blocks * (i + 1) / parts * BLOCK), i); });
-  return parts;
-}
-
-// Calls act(column, vectors) for groups of columns, with the number of vectors known to the compiler.
-template <class F>
-inline void columns(int64_t width, const F& act) {
-  int64_t c = 0;
-  for (; c + WIDE * LANES <= width; c += WIDE * LANES) act(c, std::integral_constant<int, WIDE>());
-  for (; c < width; c += LANES) act(c, std::integral_constant<int, 1>());
-}
+#include "rows.h"
 
 // Means, and sums of squares about them, of `count` rows more are put to those of `before`.
 inline void merge(double* mean, double* square, double before, double other, double other_square, double count) {
@@ -113,35 +85,14 @@ template <class K>
 void sums(const void* from, const void* given, int64_t rows, int64_t width, const float* scale, const float* shift,
           const float* mean, bool relu, double* sum, double* product, int threads, Parallel parallel) {
   using E = typename K::E;
-  std::vector<double> room(size_t(threads) * 2 * width);
-  int parts = split(rows, width, threads, parallel, [&](int64_t begin, int64_t end, int i) {
-    double* own = room.data() + size_t(i) * 2 * width;
-    for (int64_t first = begin; first < end; first += BLOCK) {
-      int count = int(std::min<int64_t>(BLOCK, end - first));
-      const E *x = static_cast<const E*>(from) + first * width, *grad = static_cast<const E*>(given) + first * width;
-      columns(width, [&](int64_t c, auto vectors) {
-        constexpr int N = decltype(vectors)::value;
-        V s[N], p[N];
-        for (int n = 0; n < N; ++n) s[n] = p[n] = set(0.0f);
-        for (int r = 0; r < count; ++r)
-          for (int n = 0; n < N; ++n) {
-            int64_t at = c + n * LANES;
-            V a = K::widen(x + r * width + at), d = K::widen(grad + r * width + at);
-            if (relu) d = above(fma(a, loadu(scale + at), loadu(shift + at)), d);
-            s[n] = s[n] + d;
-            p[n] = fma(d, a - loadu(mean + at), p[n]);
-          }
-        float held[2][N * LANES];
-        for (int n = 0; n < N; ++n) storeu(held[0] + n * LANES, s[n]), storeu(held[1] + n * LANES, p[n]);
-        for (int k = 0; k < N * LANES; ++k) own[c + k] += held[0][k], own[width + c + k] += held[1][k];
-      });
-    }
+  double* const to[] = {sum, product};
+  column_sums<2>(rows, width, to, threads, parallel, [&](int64_t r, int64_t c, V* found) {
+    V a = K::widen(static_cast<const E*>(from) + r * width + c);
+    V d = K::widen(static_cast<const E*>(given) + r * width + c);
+    if (relu) d = above(fma(a, loadu(scale + c), loadu(shift + c)), d);
+    found[0] = found[0] + d;
+    found[1] = fma(d, a - loadu(mean + c), found[1]);
   });
-  for (int64_t c = 0; c < width; ++c) {
-    sum[c] = product[c] = 0.0;
-    for (int i = 0; i < parts; ++i)
-      sum[c] += room[size_t(i) * 2 * width + c], product[c] += room[(size_t(i) * 2 + 1) * width + c];
-  }
 }
 
 // gradient · scale + (x - mean) · slope + offset, the gradient of x.
