@@ -77,12 +77,6 @@ void gradient(const void* given, const void* found, const void* from, int64_t ro
   });
 }
 
-inline float total(V x) {
-  alignas(16) float line[4];
-  _mm_store_ps(line, fold(x));
-  return (line[0] + line[1]) + (line[2] + line[3]);
-}
-
 // weight · scale, and bias + weight · shift.
 template <class K>
 void folded(const float* weight, const float* bias, const float* scale, const float* shift, int64_t rows, int64_t width,
