@@ -117,15 +117,21 @@ template <bool BACK, class K>
 void forward_tile(const Plan& s, const Packed<K>& w, Tile<K>& t) {
   int c = s.c, T = s.T, S = K::U == 1 ? t.step : T;
   norm(t.x, t.n1.rows, t.step, t.r1, c, T, s.eps1);
+  t.ahead.ask();
   product<K>(w.qkv, w.qkv_b, 3 * c, c, t.template settled<BACK>(s, t.n1, c), S, T,
              [q = t.qkv, T](int r, int v, V a) { q[r * T + v] = a; });
+  t.ahead.ask();
   s.shared ? attention<true, 0, 0>(s, t) : s.m == LANES && s.d == 6 ? attention<false, LANES, 6>(s, t) : attention<false, 0, 0>(s, t);
+  t.ahead.ask();
   product<K>(w.proj, w.proj_b, c, c, t.template settled<BACK>(s, t.o, c), S, T,
              [to = t.x1, by = t.s1, x = t.x, T](int r, int v, V a) { to[r * T + v] = fma(a, by[v], x[r * T + v]); });
   norm(t.x1, t.n2.rows, t.step, t.r2, c, T, s.eps2);
+  t.ahead.ask();
   product<K>(w.fc1, w.fc1_b, s.hidden, c, t.template settled<BACK>(s, t.n2, c), S, T,
              [h = t.h.rows, step = t.step](int r, int v, V a) { h[r * step + v] = a; });
+  t.ahead.ask();
   gelu<BACK>(s, t);
+  t.ahead.ask();
   if (BACK) return;
   product<K>(w.fc2, w.fc2_b, c, s.hidden, t.APART ? t.woven : t.h.rows, S, T,
              [to = t.y, by = t.s2, x = t.x1, T](int r, int v, V a) { to[r * T + v] = fma(a, by[v], x[r * T + v]); });

@@ -6,13 +6,6 @@ int threads_for(const Plan& s, const Shape& shape, int parts) {
   return std::max(1, std::min({shape.threads, parts, int(work / (1 << 18)) + 1}));
 }
 
-// Asks for the words of a tile before their turn comes; addresses behind the last set do no harm.
-template <int WRITE>
-inline void ahead(const Plan& s, const float* x, int64_t first) {
-  const float* p = x + first * s.c * s.m;
-  for (int i = 0; i < s.sets_in_tile * s.c * s.m; i += 16) __builtin_prefetch(p + i, WRITE, 3);
-}
-
 template <class K>
 void forward(const Shape& shape, const float* const* params, const float* x, const float* s1, const float* s2, float* y,
              Parallel parallel) {
@@ -35,7 +28,7 @@ void forward(const Shape& shape, const float* const* params, const float* x, con
     for (int64_t k = int64_t(tiles) * i / threads; k < int64_t(tiles) * (i + 1) / threads; ++k) {
       int64_t first = k * s.sets_in_tile;
       load(s, x, first, t.x);
-      ahead<0>(s, x, first + s.sets_in_tile), ahead<1>(s, y, first);
+      t.ahead.start(s, x, nullptr, y, first);
       load_factors(s, s1, first, t.s1), load_factors(s, s2, first, t.s2);
       forward_tile<false, K>(s, w, t);
       store(s, t.y, first, y);
@@ -124,7 +117,7 @@ void backward(const Shape& shape, const float* const* params, const float* x, co
         int64_t first = (k * chunk + j) * s.sets_in_tile;
         t.keep(s, t.kept, step, j);
         load(s, x, first, t.x), load(s, dy, first, t.y);
-        ahead<0>(s, x, first + s.sets_in_tile), ahead<0>(s, dy, first + s.sets_in_tile), ahead<1>(s, dx, first);
+        t.ahead.start(s, x, dy, dx, first);
         load_factors(s, s1, first, t.s1), load_factors(s, s2, first, t.s2);
         forward_tile<true, K>(s, w, t);
         backward_tile<K>(s, w, t);

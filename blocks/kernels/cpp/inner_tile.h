@@ -69,12 +69,35 @@ struct Side {
   V *rows, *flat;  // numbers; what `gradient` reads
 };
 
+// Asks, in six parts, for the words that the next tile reads and this one writes: many at once hold the processor up.
+// Addresses behind the last set do no harm.
+struct Ahead {
+  static constexpr int PARTS = 6;
+  const float *x, *dy, *to;
+  int part;
+
+  void start(const Plan& s, const float* words, const float* grad, const float* out, int64_t first) {
+    int64_t tile = int64_t(s.sets_in_tile) * s.c * s.m, at = first * s.c * s.m;
+    x = words + at + tile, dy = grad ? grad + at + tile : nullptr, to = out + at;
+    part = int(tile + 16 * PARTS - 1) / (16 * PARTS) * 16;
+  }
+  void ask() {
+    for (int i = 0; i < part; i += 16) {
+      __builtin_prefetch(x + i), __builtin_prefetch(to + i, 1);
+      if (dy) __builtin_prefetch(dy + i);
+    }
+    x += part, to += part;
+    if (dy) dy += part;
+  }
+};
+
 // The rows of one tile: sides lie `step` vectors apart, all others T.
 template <class K>
 struct Tile {
   Side n1, o, dz1, n2, dz2, dqkv, dpre, h;
   V *x, *x1, *qkv, *e, *inv, *r1, *r2, *slope, *s1, *s2, *y, *dn, *dout, *dp, *turned, *woven, *kept;
   int step, flat_step;
+  Ahead ahead;
 
   static constexpr bool APART = K::U > 1;  // whether a side's rows and its flat ones are two
 
