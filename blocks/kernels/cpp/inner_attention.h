@@ -12,7 +12,7 @@ struct Words {
 };
 
 template <int K, class W>
-inline void scores_block(const V* a, int step_a, const V* b, int step_b, int d, const W& word, int j, V* out) {
+INLINE void scores_block(const V* a, int step_a, const V* b, int step_b, int d, const W& word, int j, V* out) {
   V s[K];
 #pragma GCC unroll 16
   for (int k = 0; k < K; ++k) s[k] = set(0.0f);
@@ -27,7 +27,7 @@ inline void scores_block(const V* a, int step_a, const V* b, int step_b, int d, 
 
 // out[j] = the scalar product of a, in lanes, with word j of b.
 template <class W>
-inline void scores(const V* a, int step_a, const V* b, int step_b, int d, const W& word, int m, V* out) {
+INLINE void scores(const V* a, int step_a, const V* b, int step_b, int d, const W& word, int m, V* out) {
   int j = 0;
 #if LANES == 16
   for (; j + 16 <= m; j += 16) scores_block<16>(a, step_a, b, step_b, d, word, j, out + j);
@@ -38,7 +38,7 @@ inline void scores(const V* a, int step_a, const V* b, int step_b, int d, const 
 }
 
 template <int D, int M, class W>
-inline void mix_block(const V* p, const V* b, int step_b, const W& word, int m, V by, V* out, int step) {
+INLINE void mix_block(const V* p, const V* b, int step_b, const W& word, int m, V by, V* out, int step) {
   V s[D];
 #pragma GCC unroll 8
   for (int i = 0; i < D; ++i) s[i] = set(0.0f);
@@ -58,7 +58,7 @@ inline void mix_block(const V* p, const V* b, int step_b, const W& word, int m, 
 
 // out = by · the sum over words j of p[j] · word j of b.
 template <int M, class W>
-inline void mix(const V* p, const V* b, int step_b, int d, const W& word, int m, V by, V* out, int step) {
+INLINE void mix(const V* p, const V* b, int step_b, int d, const W& word, int m, V by, V* out, int step) {
   for (int i = 0; i < d;) {
     int left = d - i, n = left >= 8 ? 8 : left >= 6 ? 6 : left >= 3 ? left == 3 ? 3 : 4 : left;
     const V* x = b + i * step_b;
@@ -77,7 +77,7 @@ inline void mix(const V* p, const V* b, int step_b, int d, const W& word, int m,
 
 // f over n vectors: in four chains, which run side by side.
 template <class F>
-inline V together(const V* x, int n, const F& f) {
+INLINE V together(const V* x, int n, const F& f) {
   V a = x[0];
   int j = 1;
   if (n >= 4) {
@@ -90,7 +90,7 @@ inline V together(const V* x, int n, const F& f) {
 }
 
 // x[j] = 2^(x[j] - top).
-inline void exponentials(V* x, int n, V top) {
+INLINE void exponentials(V* x, int n, V top) {
   int j = 0;
   for (; j + 4 <= n; j += 4) {
     V y[4] = {x[j] - top, x[j + 1] - top, x[j + 2] - top, x[j + 3] - top};
@@ -102,7 +102,7 @@ inline void exponentials(V* x, int n, V top) {
 
 // In each group of P lanes rows become columns: P rows, those from `count` on are zero.
 template <int P>
-inline void turn_groups(const V* from, int count, V* to) {
+INLINE void turn_groups(const V* from, int count, V* to) {
   V x[P];
 #pragma GCC unroll 16
   for (int i = 0; i < P; ++i) x[i] = i < count ? from[i] : set(0.0f);
@@ -208,4 +208,19 @@ void attention_back(const Plan& s, Tile<K>& t) {
       mix<M>(t.turned + s.padded, q, T, d, word, m, set(LN2), dk, S);
     }
   }
+}
+
+// The sizes that nets have are known to the compiler: sets that fill a vector, heads of 6.
+template <class K>
+void attention(const Plan& s, Tile<K>& t) {
+  if (s.shared) return attention<true, 0, 0>(s, t);
+  if (s.m == LANES && s.d == 6) return attention<false, LANES, 6>(s, t);
+  attention<false, 0, 0>(s, t);
+}
+
+template <class K>
+void attention_back(const Plan& s, Tile<K>& t) {
+  if (s.shared) return attention_back<true, 0, 0>(s, t);
+  if (s.m == LANES && s.d == 6) return attention_back<false, LANES, 6>(s, t);
+  attention_back<false, 0, 0>(s, t);
 }

@@ -112,29 +112,52 @@ void gelu(const Plan& s, Tile<K>& t) {
     }
 }
 
+// Where the rows of a product go, `step` vectors apart.
+struct Put {
+  V* to;
+  int64_t step;
+  void start(int r, int v) { to += r * step + v; }
+  void operator()(V a, V b) { to[0] = a, to[1] = b, to += step; }
+};
+
+// The same, times rows T vectors apart.
+struct Scaled {
+  V* to;
+  int64_t step;
+  const V* by;
+  int64_t T;
+  void start(int r, int v) { to += r * step + v, by += r * T + v; }
+  void operator()(V a, V b) { to[0] = a * by[0], to[1] = b * by[1], to += step, by += T; }
+};
+
+// A branch's end: what it adds to, and its factors.
+struct Joined {
+  V* to;
+  const V *x, *by;
+  int64_t T;
+  void start(int r, int v) { to += r * T + v, x += r * T + v, by += v; }
+  void operator()(V a, V b) { to[0] = fma(a, by[0], x[0]), to[1] = fma(b, by[1], x[1]), to += T, x += T; }
+};
+
 // From t.x to t.y; with BACK, all that the backward pass reads is left in the tile.
 template <bool BACK, class K>
 void forward_tile(const Plan& s, const Packed<K>& w, Tile<K>& t) {
   int c = s.c, T = s.T, S = K::U == 1 ? t.step : T;
   norm(t.x, t.n1.rows, t.step, t.r1, c, T, s.eps1);
   t.ahead.ask();
-  product<K>(w.qkv, w.qkv_b, 3 * c, c, t.template settled<BACK>(s, t.n1, c), S, T,
-             [q = t.qkv, T](int r, int v, V a) { q[r * T + v] = a; });
+  product<K>(w.qkv, w.qkv_b, 3 * c, c, t.template settled<BACK>(s, t.n1, c), S, T, Put{t.qkv, T});
   t.ahead.ask();
-  s.shared ? attention<true, 0, 0>(s, t) : s.m == LANES && s.d == 6 ? attention<false, LANES, 6>(s, t) : attention<false, 0, 0>(s, t);
+  attention(s, t);
   t.ahead.ask();
-  product<K>(w.proj, w.proj_b, c, c, t.template settled<BACK>(s, t.o, c), S, T,
-             [to = t.x1, by = t.s1, x = t.x, T](int r, int v, V a) { to[r * T + v] = fma(a, by[v], x[r * T + v]); });
+  product<K>(w.proj, w.proj_b, c, c, t.template settled<BACK>(s, t.o, c), S, T, Joined{t.x1, t.x, t.s1, T});
   norm(t.x1, t.n2.rows, t.step, t.r2, c, T, s.eps2);
   t.ahead.ask();
-  product<K>(w.fc1, w.fc1_b, s.hidden, c, t.template settled<BACK>(s, t.n2, c), S, T,
-             [h = t.h.rows, step = t.step](int r, int v, V a) { h[r * step + v] = a; });
+  product<K>(w.fc1, w.fc1_b, s.hidden, c, t.template settled<BACK>(s, t.n2, c), S, T, Put{t.h.rows, t.step});
   t.ahead.ask();
   gelu<BACK>(s, t);
   t.ahead.ask();
   if (BACK) return;
-  product<K>(w.fc2, w.fc2_b, c, s.hidden, t.APART ? t.woven : t.h.rows, S, T,
-             [to = t.y, by = t.s2, x = t.x1, T](int r, int v, V a) { to[r * T + v] = fma(a, by[v], x[r * T + v]); });
+  product<K>(w.fc2, w.fc2_b, c, s.hidden, t.APART ? t.woven : t.h.rows, S, T, Joined{t.y, t.x1, t.s2, T});
 }
 
 // From t.y, the output's gradient, to the input's in its place.
@@ -149,15 +172,11 @@ void backward_tile(const Plan& s, const Packed<K>& w, Tile<K>& t) {
       for (int v = 0; v < T; v += 2) to[v] = from[v] * by[v], to[v + 1] = from[v + 1] * by[v + 1];
     return side(x, c);
   };
-  product<K>(w.fc2_t, nullptr, s.hidden, c, scaled(t.dz2, t.s2), S, T,
-             [to = t.dpre.rows, by = t.slope, step, T](int r, int v, V a) { to[r * step + v] = a * by[r * T + v]; });
-  product<K>(w.fc1_t, nullptr, c, s.hidden, side(t.dpre, s.hidden), S, T,
-             [to = t.dn, T](int r, int v, V a) { to[r * T + v] = a; });
+  product<K>(w.fc2_t, nullptr, s.hidden, c, scaled(t.dz2, t.s2), S, T, Scaled{t.dpre.rows, step, t.slope, T});
+  product<K>(w.fc1_t, nullptr, c, s.hidden, side(t.dpre, s.hidden), S, T, Put{t.dn, T});
   norm_back(t.dn, t.n2.rows, step, t.r2, t.y, t.y, c, T);
-  product<K>(w.proj_t, nullptr, c, c, scaled(t.dz1, t.s1), S, T,
-             [to = t.dout, T](int r, int v, V a) { to[r * T + v] = a; });
-  s.shared ? attention_back<true, 0, 0>(s, t) : s.m == LANES && s.d == 6 ? attention_back<false, LANES, 6>(s, t) : attention_back<false, 0, 0>(s, t);
-  product<K>(w.qkv_t, nullptr, c, 3 * c, side(t.dqkv, 3 * c), S, T,
-             [to = t.dn, T](int r, int v, V a) { to[r * T + v] = a; });
+  product<K>(w.proj_t, nullptr, c, c, scaled(t.dz1, t.s1), S, T, Put{t.dout, T});
+  attention_back(s, t);
+  product<K>(w.qkv_t, nullptr, c, 3 * c, side(t.dqkv, 3 * c), S, T, Put{t.dn, T});
   norm_back(t.dn, t.n1.rows, step, t.r1, t.y, t.y, c, T);
 }

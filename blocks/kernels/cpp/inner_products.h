@@ -7,10 +7,7 @@ constexpr int words_of(int n) {  // words that n elements fill
   return (n + K::U - 1) / K::U;
 }
 
-constexpr int rows_of(int left) {
-  if (left >= WIDE && left != (LANES == 16 ? 16 : 8)) return WIDE;
-  return left >= 8 && LANES == 16 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-}
+constexpr int rows_of(int left) { return left >= WIDE ? WIDE : left >= 4 ? 4 : 1; }
 
 // The matrix `at(out, in)` in the order in which `product` reads it.
 template <class K, class F>
@@ -23,55 +20,46 @@ void pack(float* to, int out, int in, const F& at) {
   }
 }
 
-template <class K, int R, int TILE, class F>
-inline void product_rows(const float* w, const float* b, int o, int in, const V* x, int step, int tile, const F& give) {
-  const int T = TILE ? TILE : tile;
-  for (int v = 0; v < T; v += 2) {
-    V a0[R], a1[R];
+template <class K, int R, class F>
+inline void product_rows(const float* w, const float* b, int in, const V* x, int64_t step, F give) {
+  V a0[R], a1[R];
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) a0[r] = a1[r] = set(0.0f);  // not b, which products would wait for
-    const float* p = w;
-    const V* q = x + v;
-    for (int i = 0; i < in; ++i, p += R, q += step) {
-      V x0 = q[0], x1 = q[1];
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        V s = set(p[r]);
-        a0[r] = K::dot(s, x0, a0[r]);
-        a1[r] = K::dot(s, x1, a1[r]);
-      }
-    }
+  for (int r = 0; r < R; ++r) a0[r] = a1[r] = set(0.0f);  // not b, which products would wait for
+  for (int i = 0; i < in; ++i, w += R, x += step) {
+    V x0 = x[0], x1 = x[1];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      V c = set(b ? b[o + r] : 0.0f);
-      give(o + r, v, a0[r] + c), give(o + r, v + 1, a1[r] + c);
+      V s = set(w[r]);
+      a0[r] = K::dot(s, x0, a0[r]);
+      a1[r] = K::dot(s, x1, a1[r]);
     }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    V c = set(b[r]);
+    give(a0[r] + c, a1[r] + c);
   }
 }
 
-template <class K, int TILE, class F>
-inline void product_tile(const float* w, const float* b, int out, int in, const V* x, int step, int T, const F& give) {
-  for (int o = 0; o < out;) {
-    int rows = rows_of(out - o);
-    switch (rows) {
-      case WIDE: product_rows<K, WIDE, TILE>(w, b, o, in, x, step, T, give); break;
-#if LANES == 16
-      case 8: product_rows<K, 8, TILE>(w, b, o, in, x, step, T, give); break;
-#endif
-      case 4: product_rows<K, 4, TILE>(w, b, o, in, x, step, T, give); break;
-      case 2: product_rows<K, 2, TILE>(w, b, o, in, x, step, T, give); break;
-      default: product_rows<K, 1, TILE>(w, b, o, in, x, step, T, give);
-    }
-    o += rows, w += rows * in;
-  }
-}
-
-// give(row, vector, W·x + b) for each row and vector of the result. The rows of x are words, `step` vectors apart.
+// Gives W·x + b, where b may be null: two vectors at a time, those of a row and then of the next one, to `give`, which
+// is told first where they begin. The rows of x are words, `step` vectors apart.
 template <class K, class F>
 inline void product(const float* w, const float* b, int out, int in, const V* x, int step, int T, const F& give) {
+  static constexpr float none[WIDE] = {};
   in = words_of<K>(in);
-  if (T == 2) return product_tile<K, 2>(w, b, out, in, x, step, T, give);  // most often; known to the compiler
-  product_tile<K, 0>(w, b, out, in, x, step, T, give);
+  for (int o = 0, rows; o < out; o += rows, w += rows * in) {
+    rows = rows_of(out - o);
+    const float* c = b ? b + o : none;
+    for (int v = 0; v < T; v += 2) {
+      F to = give;
+      to.start(o, v);
+      switch (rows) {
+        case WIDE: product_rows<K, WIDE>(w, c, in, x + v, step, to); break;
+        case 4: product_rows<K, 4>(w, c, in, x + v, step, to); break;
+        default: product_rows<K, 1>(w, c, in, x + v, step, to);
+      }
+    }
+  }
 }
 
 // The sums over the lanes of LANES vectors.

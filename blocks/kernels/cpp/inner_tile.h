@@ -5,7 +5,7 @@ struct Plan {
   int m, c, heads, d, hidden, padded, fills, T, sets_in_tile;  // fills: vectors that one set fills
   bool shared;                                                 // several sets in one vector
   float eps1, eps2;
-  std::vector<int32_t> index;                                  // for each word j a vector: the lane of word j of the same set
+  std::vector<int32_t> index;  // for each word j a vector: the lane of word j of the same set
 
   explicit Plan(const Shape& s)
       : sets(s.sets), m(s.words), c(s.width), heads(s.heads), d(s.width / s.heads), hidden(s.hidden), padded(1),
@@ -117,7 +117,10 @@ struct Tile {
   }
   void lay(const Plan& s, Arena& a) {
     size_t T = s.T, c = s.c * T;
-    if (APART) place(s, a.take<V>(side_rows(s) * T), step = s.T, &Side::rows), woven = a.take<V>(words_of<K>(std::max(s.hidden, 3 * s.c)) * T);
+    if (APART) {
+      place(s, a.take<V>(side_rows(s) * T), step = s.T, &Side::rows);
+      woven = a.take<V>(words_of<K>(std::max(s.hidden, 3 * s.c)) * T);
+    }
     x = a.take<V>(c), x1 = a.take<V>(c), y = a.take<V>(c), dn = a.take<V>(c), dout = a.take<V>(c);
     qkv = a.take<V>(3 * c), slope = a.take<V>(up4(s.hidden) * T), e = a.take<V>(s.heads * T * s.padded);
     dp = a.take<V>(T * s.padded), turned = a.take<V>(2 * s.padded), inv = a.take<V>(s.heads * T);
