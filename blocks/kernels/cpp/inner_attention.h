@@ -11,6 +11,17 @@ struct Words {
   }
 };
 
+// f(j) for the words j of a set: M, where that is known to the compiler.
+template <int M, class F>
+INLINE void each(int m, const F& f) {
+  if constexpr (M > 0) {
+#pragma GCC unroll 16
+    for (int j = 0; j < M; ++j) f(j);
+  } else {
+    for (int j = 0; j < m; ++j) f(j);
+  }
+}
+
 template <int K, class W>
 INLINE void scores_block(const V* a, int step_a, const V* b, int step_b, int d, const W& word, int j, V* out) {
   V s[K];
@@ -42,16 +53,10 @@ INLINE void mix_block(const V* p, const V* b, int step_b, const W& word, int m, 
   V s[D];
 #pragma GCC unroll 8
   for (int i = 0; i < D; ++i) s[i] = set(0.0f);
-  auto add = [&](int j) {
+  each<M>(m, [&](int j) {
 #pragma GCC unroll 8
     for (int i = 0; i < D; ++i) s[i] = fma(p[j], word(b + i * step_b, j), s[i]);
-  };
-  if constexpr (M) {
-#pragma GCC unroll 16
-    for (int j = 0; j < M; ++j) add(j);
-  } else {
-    for (int j = 0; j < m; ++j) add(j);
-  }
+  });
 #pragma GCC unroll 8
   for (int i = 0; i < D; ++i) out[i * step + word.v] = s[i] * by;
 }
@@ -136,6 +141,7 @@ inline void turn_groups(const V* from, int count, V* to, int width) {
   }
 }
 
+// M, D: words and the heads' width, where they are known to the compiler, which then has a set's weights in registers.
 // From t.qkv to t.o; the weights before they are divided by their sum stay in t.e, what divides them in t.inv.
 template <bool SHARED, int M, int D, class K>
 void attention(const Plan& s, Tile<K>& t) {
@@ -149,10 +155,7 @@ void attention(const Plan& s, Tile<K>& t) {
       exponentials(e, m, together(e, m, [](V a, V b) { return max(a, b); }));
       V inv = set(1.0f) / together(e, m, [](V a, V b) { return a + b; });
       mix<M>(e, val, T, d, word, m, inv, t.o.rows + h * d * t.step, t.step);
-      if constexpr (M) {
-#pragma GCC unroll 16
-        for (int j = 0; j < M; ++j) kept[j] = e[j];
-      }
+      if (M) each<M>(m, [&](int j) { kept[j] = e[j]; });
       t.inv[h * T + v] = inv;
     }
   }
@@ -173,39 +176,27 @@ void attention_back(const Plan& s, Tile<K>& t) {
       V dot = set(0.0f), inv = t.inv[h * T + v];
       for (int i = 0; i < d; ++i) dot = fma(dout[i * T + v], out[i * S + v], dot);
       scores(dout, T, val, T, d, word, m, dp);
-      auto change = [&](int j) {
+      each<M>(m, [&](int j) {
         e[j] = e[j] * inv;
         dp[j] = e[j] * (dp[j] - dot);
-      };
-      if constexpr (M) {
-#pragma GCC unroll 16
-        for (int j = 0; j < M; ++j) change(j);
-      } else {
-        for (int j = 0; j < m; ++j) change(j);
-      }
+      });
       mix<M>(dp, k, T, d, word, m, set(LN2), dq, S);
-      if constexpr (M) {
-#pragma GCC unroll 16
-        for (int j = 0; j < M; ++j) kept[j] = dp[j];
-      }
+      if (M) each<M>(m, [&](int j) { kept[j] = dp[j]; });
     }
     for (int v = 0; v < T; ++v) {
       Words<SHARED> word{s.index.data(), v, M == LANES ? v : v - v % s.fills};
-      if constexpr (M == LANES) {
-        V turned[M];
-        turn_groups<M>(p + v * M, M, turned);
-        mix<M>(turned, dout, T, d, word, m, set(1.0f), dv, S);
-        turn_groups<M>(t.dp + v * M, M, turned);
-        mix<M>(turned, q, T, d, word, m, set(LN2), dk, S);
-        continue;
-      }
-      for (int n = 0; n < s.fills; ++n) {
-        int from = (word.first + n) * s.padded + (v - word.first) * LANES, count = s.m - (v - word.first) * LANES;
-        turn_groups(p + from, count, t.turned + n * LANES, group);
-        turn_groups(t.dp + from, count, t.turned + s.padded + n * LANES, group);
-      }
-      mix<M>(t.turned, dout, T, d, word, m, set(1.0f), dv, S);
-      mix<M>(t.turned + s.padded, q, T, d, word, m, set(LN2), dk, S);
+      auto turn = [&](const V* from, V* to) {
+        if constexpr (M == LANES) return turn_groups<M>(from + v * M, M, to);
+        for (int n = 0; n < s.fills; ++n) {
+          int at = (word.first + n) * s.padded + (v - word.first) * LANES, count = s.m - (v - word.first) * LANES;
+          turn_groups(from + at, count, to + n * LANES, group);
+        }
+      };
+      V room[M ? M : 1], *turned = M ? room : t.turned;
+      turn(p, turned);
+      mix<M>(turned, dout, T, d, word, m, set(1.0f), dv, S);
+      turn(t.dp, turned);
+      mix<M>(turned, q, T, d, word, m, set(LN2), dk, S);
     }
   }
 }

@@ -95,7 +95,8 @@ struct Ahead {
 template <class K>
 struct Tile {
   Side n1, o, dz1, n2, dz2, dqkv, dpre, h;
-  V *x, *x1, *qkv, *e, *inv, *r1, *r2, *slope, *s1, *s2, *y, *dn, *dout, *dp, *turned, *woven, *kept;
+  V* woven;  // the side that a product reads next, where it reads words and not the rows
+  V *x, *x1, *qkv, *e, *inv, *r1, *r2, *slope, *s1, *s2, *y, *dn, *dout, *dp, *turned, *kept;
   int step, flat_step;
   Ahead ahead;
 
@@ -123,7 +124,7 @@ struct Tile {
     }
     x = a.take<V>(c), x1 = a.take<V>(c), y = a.take<V>(c), dn = a.take<V>(c), dout = a.take<V>(c);
     qkv = a.take<V>(3 * c), slope = a.take<V>(up4(s.hidden) * T), e = a.take<V>(s.heads * T * s.padded);
-    dp = a.take<V>(T * s.padded), turned = a.take<V>(2 * s.padded), inv = a.take<V>(s.heads * T);
+    dp = a.take<V>(T * s.padded), turned = a.take<V>(s.padded), inv = a.take<V>(s.heads * T);
     r1 = a.take<V>(T), r2 = a.take<V>(T), s1 = a.take<V>(T), s2 = a.take<V>(T);
   }
 
