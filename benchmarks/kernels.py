@@ -113,7 +113,7 @@ class TimmInner(nn.Module):
         return x + self.mlp_in(self.norm_mlp_in(x))
 
 
-def inner_block(sets: int, words: int, width: int, heads: int) -> Piece:
+def inner_block(dtype: str, sets: int, words: int, width: int, heads: int) -> Piece:
     side = round(words**0.5)
     theirs = TimmInner(Block(width, 32, words, heads, 4))
     ours = Encoder(Site.at(width, side), mixer=partial(Attention, heads=heads))
@@ -132,7 +132,7 @@ def inner_block(sets: int, words: int, width: int, heads: int) -> Piece:
         "ours, in PyTorch": Way(in_torch, x, grad, params),
         "ours, kernel": Way(partial(inner.run, ours), turned, turned_grad, params),
     }
-    return Piece(f"{sets} × {words} words of {width}, {heads} heads", "float32", ways)
+    return Piece(f"{dtype}: {sets} × {words} words of {width}, {heads} heads", dtype, ways)
 
 
 def product(name: str, rows: int, width: int, out: int) -> Piece:
@@ -198,7 +198,7 @@ def main() -> None:
     torch.manual_seed(0)
     before, found = report.circumstances(), []
     pieces = {
-        "inner block of TNT, float32": [inner_block(*sizes) for sizes in INNER],
+        "inner block of TNT": [inner_block(dtype, *sizes) for dtype in DTYPES for sizes in INNER],
         "Linear, float32": [product(name, *sizes) for name, sizes in LINEAR.items()],
         "attention": [attention(dtype) for dtype in DTYPES],
     }
