@@ -32,5 +32,4 @@ def faults(name: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library decides for itself")
 def test_memory_of_freed_tensors_is_used_again() -> None:
-    assert faults("quiet") > 10_000
-    assert faults("prepare") < 1_000
+    assert 3 * faults("prepare") < faults("quiet")  # not none: where the heap can grow to is up to the system
