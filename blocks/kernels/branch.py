@@ -80,7 +80,8 @@ def _plain(x: Tensor, parts: tuple[Tensor, ...], keep: Tensor | None, eps: float
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
-    if _chosen(x, weight):
+    # In bfloat16 torch's own product is oneDNN's too, and without a bias it is the faster call.
+    if _chosen(x, weight) and not (bias is None and x.dtype is torch.bfloat16):
         return onednn.forward(x, weight, bias, relu)
     made = F.linear(x, weight, bias)
     return made.relu_() if relu else made
@@ -92,11 +93,13 @@ def _chosen(x: Tensor, weight: Tensor) -> bool:
     return onednn.faster(2.0 * x.numel() * weight.shape[0])
 
 
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """`gradᵀ x` in float32."""
+def _weight_gradient(grad: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
+    """`gradᵀ x` in float32, added to `total`."""
     if x.dtype is torch.float32 and _chosen(x, grad.t()):
-        return onednn.grad_weight(grad, x)
-    return (grad.t() @ x).float()
+        part = onednn.grad_weight(grad, x)
+    else:
+        part = grad.t() @ x
+    return part.float() if total is None else total.add_(part)
 
 
 class _Branch(torch.autograd.Function):
@@ -108,9 +111,8 @@ class _Branch(torch.autograd.Function):
         moments: Tensor, folded: Tensor, keep: Tensor | None, eps: float,
     ) -> Tensor:  # fmt: skip
         (hidden, width), each = w1.shape, x.shape[1]
-        weight, bias = torch.empty_like(w1, dtype=x.dtype), torch.empty_like(b1)
-        call("branch_folded", x.dtype, w1, b1, folded[0], folded[1], hidden, width, weight, bias)
-        bias, weight2, bias2 = bias.to(x.dtype), w2.to(x.dtype), b2.to(x.dtype)
+        weight, bias = batch_norm.fold(w1, b1, folded[0], folded[1], x.dtype)
+        weight2, bias2 = w2.to(x.dtype), b2.to(x.dtype)
         count = max(max(HIDDEN // hidden, onednn.ROWS) // each, 1)
         out, kept = torch.empty_like(x), []
         with torch.autocast("cpu", enabled=False):
@@ -151,16 +153,17 @@ def _gradients(
     back1, back2 = w1.to(dtype).t(), w2.to(dtype).t()
     sums1, sums2 = (moments.new_empty(len(hidden), n) for n in (inner, width))
     below: list[Tensor] = []
-    dw1 = dw2 = None
+    dw1: Tensor | None = None
+    dw2: Tensor | None = None
     pieces = [t.flatten(0, 1) for t in x.split(count)]
     grads = [t.flatten(0, 1) for t in grad.split(count)]
     for i, (given, piece, h, by) in enumerate(zip(grads, pieces, hidden, _split(keep, count), strict=False)):
         d = given if by is None else torch.empty_like(given)
         call("branch_slope", dtype, given, None, by, each, len(d), width, None if by is None else d, sums2[i])
-        dw2 = _put(dw2, _weight_gradient(d, h))
+        dw2 = _weight_gradient(d, h, dw2)
         dh = _product(d, back2, None)
         call("branch_slope", dtype, dh, h, None, each, len(d), inner, dh, sums1[i])
-        dw1 = _put(dw1, _weight_gradient(dh, piece))
+        dw1 = _weight_gradient(dh, piece, dw1)
         below.append(_product(dh, back1, None))
     assert dw1 is not None
     assert dw2 is not None
@@ -176,7 +179,3 @@ def _gradients(
     for given, piece, d, place in zip(grads, pieces, below, dx.split(count), strict=True):
         call("branch_gradient", dtype, given, d, piece, len(d), width, folded[0], folded[2], slope, offset, place)
     return dx, dscale.float(), dshift.float(), dw1, db1, dw2, db2
-
-
-def _put(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total.add_(part)

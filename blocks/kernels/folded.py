@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from blocks.base import Act, Norm
 from blocks.gates import NoGate
-from blocks.kernels import onednn
-from blocks.kernels.batch_norm import batch_norm
+from blocks.kernels import batch_norm, onednn
 from blocks.kernels.linear import DTYPES, Linear, eager, linear, linear_relu, precision, unhooked
 from blocks.mlp import Mlp, ReLU
 from blocks.norms import BatchNorm
@@ -89,7 +88,7 @@ def conv_norm_act(conv: nn.Module, norm: Norm, act: Act, map: Tensor) -> Tensor:
         return folded(map)
     map = conv(map)
     if type(act) is ReLU and type(norm) is BatchNorm and unhooked(norm, act):
-        made = batch_norm(norm.bn, map, relu=True)
+        made = batch_norm.batch_norm(norm.bn, map, relu=True)
         if made is not None:
             return made
     map = norm.on_map(map)
@@ -184,5 +183,8 @@ def norm_into_linear(norm: Norm, layer: nn.Module, x: Tensor) -> tuple[Tensor, T
     if type(layer) is not Linear or not folds(norm, x, layer) or x.numel() <= layer.weight.numel():
         return None
     scale, shift = scale_and_shift(norm)
+    dtype, plain = precision(x), layer.weight.dtype is torch.float32 and layer.weight.is_contiguous()
+    if plain and dtype in DTYPES and not layer.in_features % batch_norm.LANES and batch_norm.available(dtype):
+        return batch_norm.fold(layer.weight, layer.bias, scale, shift, dtype)
     bias = layer.weight @ shift
     return layer.weight * scale, bias if layer.bias is None else bias + layer.bias

@@ -89,7 +89,7 @@ void folded(const float* weight, const float* bias, const float* scale, const fl
         K::narrow(static_cast<typename K::E*>(to) + r * width + c, w * loadu(scale + c));
         sum = fma(w, loadu(shift + c), sum);
       }
-      to_bias[r] = bias[r] + total(sum);
+      to_bias[r] = (bias ? bias[r] : 0.0f) + total(sum);
     }
   });
 }
@@ -111,7 +111,7 @@ void unfolded(float* grad, const float* bias, const float* weight, const float* 
 
 extern "C" {
 
-// Widths are whole vectors. Where a pointer may be null, that is left out.
+// Widths are whole vectors.
 
 int branch_turned(const float* x, int64_t rows, int64_t width, float* to, int threads, Parallel parallel) {
   return guarded([&] { turned(x, rows, width, to, threads, parallel); });
@@ -122,7 +122,7 @@ int branch_unfolded(float* grad, const float* bias, const float* weight, const f
   return guarded([&] { unfolded(grad, bias, weight, scale, shift, rows, width, product, sum, threads, parallel); });
 }
 
-// hidden, keep and to may be null
+// Null may be: hidden, keep, to of the slope, and bias.
 #define KERNELS(KIND, NAME)                                                                                           \
   int branch_slope##NAME(const void* given, const void* hidden, const float* keep, int64_t each, int64_t rows,        \
                          int64_t width, void* to, double* sum, int threads, Parallel parallel) {                      \
