@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blocks.base import Features, Site
-from blocks.kernels import branch, onednn
+from blocks.kernels import batch_norm, branch, native, onednn
 from blocks.mlp import GELU, Mlp
 from blocks.nextvit import NCB, NTB
 from blocks.norms import BatchNorm, LayerNorm, NoNorm
 from blocks.residual import Residual
 from tests.contract import features, randomise
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no kernels on this machine")
 
 BLOCKS: dict[str, Callable[[], NCB | NTB]] = {
     "ncb": lambda: NCB(Site.at(32, 6)),
@@ -71,6 +73,8 @@ def error(got: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("low", [False, True])
 def test_as_near_to_float64_as_the_parts(name: str, low: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if low and not batch_norm.available(torch.bfloat16):
+        pytest.skip("no bfloat16 kernels on this machine")
     made, map = block(name), given(name)
     exact = trained(copy.deepcopy(made).double(), map.double())
     runs, run = [], branch.branch
@@ -175,7 +179,7 @@ def test_which_tokens_it_does_not_serve() -> None:
         assert not branch.serves(*parts, x)
     with torch.autocast("cpu", torch.bfloat16):  # the sum would be in float32
         assert not branch.serves(*parts, x)
-        assert branch.serves(*parts, x.bfloat16())
+        assert branch.serves(*parts, x.bfloat16()) == batch_norm.available(torch.bfloat16)
     made.requires_grad_(False)
     assert not branch.serves(*parts, x)
     assert isinstance(made.norm, BatchNorm)
