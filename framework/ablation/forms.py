@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Iterable
 from html import escape
+from importlib import import_module
 from pathlib import Path
 
 from framework.ablation.state import write_text
@@ -151,6 +152,12 @@ def as_csv(table: Table) -> str:
         for line in lines
     )
     return text.getvalue()
+
+
+def ready() -> None:
+    """Imports what `write` needs, for whoever has nothing else to do before."""
+    for name in ("matplotlib.backends.backend_agg", "matplotlib.figure", "scipy.special"):
+        import_module(name)
 
 
 def write(study: Path, table: Table) -> list[Path]:

@@ -102,6 +102,7 @@ def run_study(
     if left:
         every = [Run(run.group, run.seed, study / run.folder) for run in chosen]
         progress = Progress(every, ablation.metrics[0], set(left))
+        forms.ready()  # now, while the processes of the runs come up
         try:
             with following(progress) as watch:
                 launcher.run(left, task, watch)

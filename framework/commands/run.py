@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from argparse import Namespace
@@ -15,6 +16,8 @@ from framework.errors import ConfigError
 
 
 def run(args: Namespace) -> int | None:
+    if args.command == "fit":
+        begin(args)
     document = composed(args)
     launcher = document.pop("launcher", None)
     if args.command == "fit":
@@ -29,6 +32,20 @@ def run(args: Namespace) -> int | None:
     if args.command == "predict":
         return predict(args, document)
     return evaluate(args, document)
+
+
+def begin(args: Namespace) -> None:
+    """Starts the server of the runs of what looks like a study: it imports for as long as this process does.
+
+    Nobody uses it where the composed config says something else in the end.
+    """
+    texts = [path.read_text(errors="replace") for path in map(Path, args.config or []) if path.is_file()]
+    has = {key: any(re.search(f"^{key}:", text, re.M) for text in texts) for key in ("ablation", "launcher")}
+    here = not has["launcher"] and args.settings.get("launcher", "Local") == "Local"
+    if has["ablation"] and here and not args.dry_run:
+        from framework.ablation.launch.local import start_server
+
+        start_server()
 
 
 def console() -> Any:
