@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from framework.errors import ConfigError
@@ -93,8 +94,71 @@ class AdamW(Optimizer):
     layer_decay: float = 1.0
 
     def build(self, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
-        betas = self.betas[0], self.betas[1]
-        return torch.optim.AdamW(self.groups(model), lr=self.lr, betas=betas, eps=self.eps, fused=fused or None)
+        betas, groups = (self.betas[0], self.betas[1]), self.groups(model)
+        own = fused and all(at_hand(parameter) for group in groups for parameter in group["params"])
+        kind = AtOnce if own else torch.optim.AdamW
+        return kind(groups, lr=self.lr, betas=betas, eps=self.eps, fused=fused or None)
+
+
+def at_hand(parameter: nn.Parameter) -> bool:
+    """Whether this is an ordinary parameter on the CPU."""
+    return type(parameter) is nn.Parameter and parameter.is_cpu and parameter.dtype is torch.float32
+
+
+class AtOnce(torch.optim.AdamW):
+    """torch's fused AdamW for float32 on the CPU: the same kernel and the same state, without what a step takes more.
+
+    Around its kernel torch sorts tensors by device and type, and counts the steps of each parameter by itself, which
+    for small nets takes longer than the kernel.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._step_supports_amp_scaling = False  # a scaler has to do it
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                if params := [p for p in group["params"] if p.grad is not None]:
+                    self._update(group, params)
+        return loss
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros(())
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        steps = [state["step"] for state in states]
+        # Parts of one tensor, so that all are counted at once; they are not, or no more, where a state was loaded or
+        # other parameters have gradients.
+        count = steps[0]._base
+        if count is None or len(count) != len(steps) or any(step._base is not count for step in steps):
+            count = torch.stack(steps)
+            steps = list(count.unbind())
+            for state, step in zip(states, steps, strict=True):
+                state["step"] = step
+        count += 1
+        torch._fused_adamw_(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            steps,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import signal
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from framework import run as runs
 from framework.config import compose
 from framework.construct import build_model
 from framework.errors import ConfigError
-from framework.optim import AdamW, DeiTCosine, OneCycle, Schedule, parameter_groups
+from framework.optim import AdamW, AtOnce, DeiTCosine, OneCycle, Schedule, parameter_groups
 from framework.run import train
 from tests.conftest import EXPERIMENTS
 
@@ -61,6 +63,43 @@ def test_gradients_are_clipped_in_mixed_precision(tiny: Callable[..., dict[str, 
     """Which Lightning refuses for fused optimizers."""
     document = tiny(trainer__gradient_clip_val=1.0, trainer__precision="bf16-mixed", trainer__fast_dev_run=True)
     assert train(tmp_path, document, bar=False).global_step == 1
+
+
+def test_the_step_at_once_is_that_of_torch() -> None:
+    """Bit by bit; where some have no gradient, and with a state of the other one."""
+    torch.manual_seed(0)
+    ours = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.LayerNorm(7), torch.nn.Linear(7, 3))
+    theirs = deepcopy(ours)
+    made = AdamW(lr=0.02).build(ours)
+    torchs = torch.optim.AdamW(parameter_groups(theirs, 0.05), lr=0.02, fused=True)
+    assert type(made) is AtOnce
+
+    def step(*without: int) -> None:
+        for i, (own, other) in enumerate(zip(ours.parameters(), theirs.parameters(), strict=True)):
+            own.grad = None if i in without else torch.randn_like(own)
+            other.grad = None if own.grad is None else own.grad.clone()
+        made.step()
+        torchs.step()
+        assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+
+    for without in ((), (), (1, 4), (), (0, 1, 2, 3, 4, 5), ()):
+        step(*without)
+    file = io.BytesIO()
+    torch.save(made.state_dict(), file)
+    file.seek(0)
+    own, other = torch.load(file, weights_only=True), deepcopy(torchs.state_dict())
+    assert own["param_groups"] == other["param_groups"]
+    assert [int(state["step"]) for state in own["state"].values()] == [5, 4, 4, 5, 5, 5]
+    made.load_state_dict(other)
+    torchs.load_state_dict(own)
+    step()
+    step(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_parameters_have_torchs_own_step(dtype: torch.dtype) -> None:
+    assert type(AdamW().build(torch.nn.Linear(2, 2, dtype=dtype))) is torch.optim.AdamW
+    assert type(AdamW().build(torch.nn.Linear(2, 2, device="meta"), fused=False)) is torch.optim.AdamW
 
 
 def epoch_rates(schedule: Schedule, epochs: int, lr: float) -> list[float]:
