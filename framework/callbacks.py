@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from framework.ablation.state import Status, read_status, write_status, write_text
-from framework.checkpoints import KEY, Kept
+from framework.checkpoints import KEY, Kept, link
 
 MINUTES_BETWEEN_CHECKPOINTS = 10
 PICTURES_A_SECOND = 5
@@ -138,7 +139,7 @@ class Checkpoints(Callback):
     """Leaves a checkpoint to go on from exactly: before the first step, every few minutes, and at Ctrl-C or SIGTERM.
 
     A signal lets the step end first, so that the checkpoint lies between two steps; a second one stops at once.
-    (ModelCheckpoint writes the same file behind every epoch.)
+    (`Last` writes the same file behind every epoch.)
 
     Args:
         last: the file.
@@ -198,6 +199,33 @@ class Checkpoints(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._release()
+
+
+class Last(ModelCheckpoint):
+    """The checkpoint behind every epoch: the best one's file, where that has just been written.
+
+    Args:
+        best: what writes the best one, before this in the list of callbacks.
+        arguments: of ModelCheckpoint.
+    """
+
+    def __init__(self, best: ModelCheckpoint, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.best = best
+
+    @property
+    def state_key(self) -> str:
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        best = self.best
+        just_now = best._last_global_step_saved == trainer.global_step and best._should_save_on_train_epoch_end(trainer)
+        if just_now and trainer.world_size == 1:
+            with suppress(OSError):  # a file system without links
+                link(Path(best.best_model_path), Path(filepath))
+                self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+                return
+        super()._save_checkpoint(trainer, filepath)
 
 
 class Keep(Callback):

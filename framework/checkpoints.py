@@ -40,6 +40,16 @@ class WholeFiles(TorchCheckpointIO):
             part.unlink(missing_ok=True)
 
 
+def link(there: Path, path: Path) -> None:
+    """Makes `path` a further name of a file, in place of what it was: who replaces either leaves the other as it is."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        os.link(there, part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 @dataclass(frozen=True)
 class Kept:
     """What a checkpoint keeps under the key `tessera`, as plain data.

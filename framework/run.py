@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from framework.ablation.state import read_study, write_text
-from framework.callbacks import Bar, Checkpoints, Keep, RandomState, Record, RunState
+from framework.callbacks import Bar, Checkpoints, Keep, Last, RandomState, Record, RunState
 from framework.checkpoints import Kept, WholeFiles, read_checkpoint
 from framework.config import compose, dump
 from framework.construct import Workbench, complete
@@ -193,14 +193,16 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
     elif rank() == 0:
         splits.store(folder, data)
     last = folder / LAST
+    whole: dict[str, Any] = {"dirpath": last.parent, "enable_version_counter": False}
+    best = ModelCheckpoint(filename="best", monitor="val/acc1", mode="max", **whole)
     callbacks: list[Callback] = [
         RandomState(),
         Keep(Kept.of(document, data)),
         RunState(folder, {"params": sum(p.numel() for p in model.parameters() if p.requires_grad)}),
         Checkpoints(last),
         Record(hparams(folder, finished)),
-        ModelCheckpoint(last.parent, filename="best", monitor="val/acc1", mode="max", enable_version_counter=False),
-        ModelCheckpoint(last.parent, filename="last", save_on_train_epoch_end=True, enable_version_counter=False),
+        best,
+        Last(best, filename="last", save_on_train_epoch_end=True, **whole),
     ]
     shown = bar and sys.stdout.isatty()
     if shown:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from framework import run as runs
-from framework.ablation.state import read_status
+from framework.ablation.state import read_status, write_text
+from framework.checkpoints import link
 from framework.config import compose, dump
 
 SETTINGS = {
@@ -155,3 +156,44 @@ def test_two_processes_do_not_train_in_one_folder(whole: Path, capsys) -> None:
         command = ["fit", "--config", str(whole / "config.yaml"), "--ckpt_path", str(whole / runs.LAST)]
         assert main(command) == 2
     assert "another process trains in this folder" in capsys.readouterr().err
+
+
+def saved(path: Path) -> dict[str, dict]:
+    return {name: torch.load(path / name, weights_only=True) for name in (runs.LAST, runs.BEST)}
+
+
+def test_the_best_is_also_the_last_as_long_as_nothing_comes_behind_it(tmp_path: Path) -> None:
+    for epochs in (1, 4):  # at a rate that makes some epochs worse
+        path = folder(tmp_path / str(epochs), **{"trainer.max_epochs": epochs, "model.optimizer.lr": 0.1})
+        runs.fit_folder(path)
+        assert sorted(file.name for file in (path / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+        found = saved(path)
+        curves = found[runs.LAST]["callbacks"]["RunState"]["curves"]
+        best = max(range(epochs), key=lambda epoch: curves[epoch]["val/acc1"])
+        assert {name: each["epoch"] for name, each in found.items()} == {runs.LAST: epochs - 1, runs.BEST: best}
+        assert found[runs.BEST]["callbacks"]["RunState"]["curves"] == curves[: best + 1]
+        assert (path / runs.LAST).samefile(path / runs.BEST) == (best == epochs - 1)
+
+
+def test_a_link_takes_the_place_of_a_file_and_is_kept_when_the_other_is_replaced(tmp_path: Path) -> None:
+    best, last = tmp_path / "best", tmp_path / "last"
+    for text in ("one", "two"):
+        write_text(best, text)
+        link(best, last)
+        link(best, last)
+        assert last.read_text() == text
+    write_text(last, "three")
+    assert best.read_text() == "two"
+    with pytest.raises(FileNotFoundError):
+        link(tmp_path / "none", last)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["best", "last"]
+
+
+def test_a_best_one_of_the_validation_is_not_the_last(tmp_path: Path) -> None:
+    """Where it is written before the epoch has ended, it lacks what the end adds."""
+    path = folder(tmp_path / "a", **{"trainer.max_epochs": 2, "trainer.check_val_every_n_epoch": 2})
+    runs.fit_folder(path)
+    found = saved(path)
+    counts = {name: len(each["callbacks"]["RunState"]["curves"]) for name, each in found.items()}
+    assert counts == {runs.LAST: 2, runs.BEST: 1}
+    assert found[runs.LAST]["global_step"] == found[runs.BEST]["global_step"]
