@@ -127,6 +127,14 @@ class AtOnce(torch.optim.AdamW):
                     self._update(group, params)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if not set_to_none:
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
