@@ -283,3 +283,15 @@ def test_plan_prints_the_cells_and_makes_nothing(cli: Cli, tmp_path: Path) -> No
     assert "pos: 12 runs (4 cells × 3 seeds), 0 of them finished" in found.out
     assert len([line for line in found.out.splitlines() if "learned" in line or "none" in line]) == 4
     assert not list(tmp_path.iterdir())
+
+
+def test_the_end_waits_for_what_python_waits_for() -> None:
+    code = (
+        "import atexit, threading, time, cli\n"
+        "atexit.register(print, 'at exit')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.3), print('thread'))).start()\n"
+        "print('main')\n"
+        "cli.end(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "main\nthread\nat exit\n", "")
