@@ -24,6 +24,7 @@ from framework.ablation.launch.local import Local
 from framework.ablation.state import Status, read_status, read_study, write_status
 from framework.ablation.study import plan, run_study
 from framework.ablation.view import Progress, Run
+from framework.commands.run import begin
 from framework.errors import ConfigError
 from tests.studies import document, dump, measure, override, prepared
 
@@ -322,6 +323,30 @@ def test_a_killed_study_goes_on_where_it_was(program, tmp_path):
     first.wait(first.gone)
     second.wait(second.gone)
     assert json.loads((tmp_path / "pos" / "study.json").read_text())["name"] == "pos"
+
+
+# The server
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "dry", "expected"),
+    [
+        ("ablation: {}", {}, False, 1),
+        ("model: {}\nablation: {}", {"launcher": "Local", "launcher.processes": "2"}, False, 1),
+        ("model: {}", {}, False, 0),
+        ("ablation: {}", {}, True, 0),
+        ("ablation: {}", {"launcher": "Slurm"}, False, 0),
+        ("ablation: {}\nlauncher: Slurm", {}, False, 0),
+    ],
+)
+def test_the_server_starts_before_the_config_is_read(tmp_path, monkeypatch, text, settings, dry, expected):
+    started = []
+    monkeypatch.setattr(local, "start_server", lambda: started.append(1))
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    begin(SimpleNamespace(config=[str(tmp_path / "none.yaml"), str(path)], settings=settings, dry_run=dry))
+    begin(SimpleNamespace(config=None, settings=settings, dry_run=dry))
+    assert len(started) == expected
 
 
 # Many nets

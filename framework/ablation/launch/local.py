@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -172,6 +173,15 @@ def start_server() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    atexit.unregister(_end_server)
+    atexit.register(_end_server)
+
+
+def _end_server() -> None:
+    """Left to itself it takes seconds to end, and its libraries say on the terminal what they leave behind."""
+    if pid := forkserver._forkserver._forkserver_pid:  # type: ignore[attr-defined]
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
 
 
 def _send(job: _Job, kill: Callable[[int, int], None], number: int) -> None:
