@@ -11,12 +11,10 @@ from lightning import pytorch as lightning
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from torch.optim import Optimizer
 
 NOTHING = nullcontext()
 TRAINING = ("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
@@ -74,9 +72,6 @@ def passed_over(trainer: lightning.Trainer, model: LightningModule, data: Lightn
             take(callback, "on_train_batch_end")
     if not trainer.gradient_clip_val and inherits(model, LightningModule, "configure_gradient_clipping"):
         take(model, "configure_gradient_clipping")
-    precision = trainer.precision_plugin
-    if all(inherits(precision, Precision, name) for name in ("clip_grad_by_norm", "main_params")):
-        take(precision, "clip_grad_by_norm", clipped)
     # In each step Lightning asks what the model's step takes.
     if is_param_in_hook_signature(model.training_step, "batch_idx", min_args=2):
         take(trainer.fit_loop.epoch_loop, "_build_kwargs", whole)
@@ -95,22 +90,6 @@ def passed_over(trainer: lightning.Trainer, model: LightningModule, data: Lightn
 def inherits(part: Any, base: type, name: str) -> bool:
     """Whether a part does not override a hook of its base class."""
     return name not in vars(part) and getattr(type(part), name, None) is getattr(base, name, None)
-
-
-def clipped(optimizer: Optimizer, clip_val: float) -> None:
-    """What torch's `clip_grad_norm_` does to the gradients of all parameters, without what it asks of each of them."""
-    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    grads = [p.grad for p in params]
-    if not grads or any(
-        type(grad) is not Tensor or grad.dtype is not torch.float32 or not grad.is_cpu for grad in grads
-    ):
-        torch.nn.utils.clip_grad_norm_(params, clip_val)
-        return
-    with torch.no_grad():
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        factor = clip_val / (norm + 1e-6)
-        if not factor >= 1:  # or not a number, which they become too
-            torch._foreach_mul_(grads, factor)
 
 
 def whole(kwargs: dict[str, Any], batch: Any, batch_idx: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from framework.callbacks import Checkpoints, RandomState, RunState
 from framework.construct import build_model
-from framework.loop import TRAINING, WITHIN_A_STEP, Trainer, Unprofiled, clipped, moved, passed_over
+from framework.loop import TRAINING, WITHIN_A_STEP, Trainer, Unprofiled, moved, passed_over
 
 
 class Watch(Callback):
@@ -88,30 +88,6 @@ def test_gradients_are_clipped_all_the_same(tiny) -> None:
     unclipped = fit(tiny(), True)
     assert not all(torch.equal(first[key], unclipped[key]) for key in first)
     assert len(clip.norms) == 6  # a callback's own hook
-
-
-@pytest.mark.parametrize("most", [1e-3, 0.1, 1e3])
-@pytest.mark.parametrize("factor", [1.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_are_clipped_to_the_bit(most: float, factor: float, dtype: torch.dtype) -> None:
-    def net() -> torch.nn.Module:
-        random = torch.Generator().manual_seed(0)
-        made = torch.nn.Sequential(torch.nn.Linear(5, 7, dtype=dtype), torch.nn.Linear(7, 3))
-        for p in made.parameters():
-            p.grad = torch.randn(p.shape, generator=random, dtype=p.dtype)
-        made[0].bias.grad[0] *= factor
-        made[1].bias.grad = None
-        return made
-
-    ours, theirs = net(), net()
-    clipped(torch.optim.SGD(ours.parameters()), most)
-    torch.nn.utils.clip_grad_norm_(theirs.parameters(), most)
-    for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert own.grad is other.grad is None or torch.equal(own.grad.nan_to_num(7), other.grad.nan_to_num(7))
-
-
-def test_nothing_to_clip() -> None:
-    clipped(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), 1.0)
 
 
 def test_a_checkpoint_within_an_epoch_is_saved_all_the_same(tiny, tmp_path: Path) -> None:
