@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from blocks.base import GateFactory, Norm, Site
 from blocks.gates import NoGate
 from blocks.kernels import norm as kernel
-from blocks.kernels.linear import precision, unhooked
+from blocks.kernels.linear import eager, precision, unhooked
 from blocks.norms import LayerNorm
 
 
@@ -92,7 +92,13 @@ class LearnedResidual(Residual):
 
 
 def add_norm(
-    x: Tensor, norm: Norm, low: bool, branch: Tensor | None = None, residual: Residual | None = None, words: int = 0
+    x: Tensor,
+    norm: Norm,
+    low: bool,
+    branch: Tensor | None = None,
+    residual: Residual | None = None,
+    words: int = 0,
+    own: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
     """`residual(x, branch)`, and what `norm` makes of that, in one operation; None where there is no kernel for it.
 
@@ -100,7 +106,7 @@ def add_norm(
         low: whether all that is done with the norm's result are products: under autocast it may have their precision.
         branch: None for none, and x itself in the place of the sum; to be used instead of x, as it brings x's gradients
             together.
-        words: as of the kernel.
+        words, own: as of the kernel.
     """
     if type(norm) is not LayerNorm or x.dtype is not torch.float32 or not unhooked(norm):
         return None
@@ -111,7 +117,18 @@ def add_norm(
     if not kernel.serves(dtype, x, weight, bias, branch) or not kernel.learns(weight, bias, x, branch):
         return None
     factor = None if residual is None else residual.factor(x)
-    return kernel.add_norm(x, weight, bias, norm.eps, dtype, branch, factor, words)
+    return kernel.add_norm(x, weight, bias, norm.eps, dtype, branch, factor, words, own)
+
+
+def add_to(x: Tensor, branch: Tensor, residual: Residual) -> Tensor:
+    """`residual(x, branch)` of an x that nobody else holds: without gradients, in its place."""
+    if not torch.is_grad_enabled() and residual.plain and x.shape == branch.shape and eager(x, branch):
+        if x.dtype is branch.dtype:
+            factor = residual.factor(x)
+            return x.add_(branch) if factor is None else x.addcmul_(branch, factor)
+        if x.dtype is torch.float32 and branch.dtype is torch.bfloat16 and kernel.serves(branch.dtype, x, branch):
+            return kernel.added(x, branch, residual.factor(x), own=True)
+    return residual(x, branch)
 
 
 ResidualFactory = Callable[[Site], Residual]

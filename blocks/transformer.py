@@ -23,7 +23,7 @@ from blocks.base import (
 from blocks.kernels.linear import Linear, unhooked
 from blocks.mlp import Mlp
 from blocks.norms import LayerNorm
-from blocks.residual import Residual, ResidualFactory, add_norm
+from blocks.residual import Residual, ResidualFactory, add_norm, add_to
 
 
 class Encoder(Block):
@@ -76,10 +76,15 @@ class Encoder(Block):
 
     def forward(self, features: Features) -> Features:
         x = tokens(features.map)
-        return self.encode(features, x if features.prefix is None else torch.cat([features.prefix, x], dim=1))
+        if features.prefix is None:
+            return self.encode(features, x, own=False)
+        return self.encode(features, torch.cat([features.prefix, x], dim=1))
 
-    def encode(self, features: Features, x: Tensor) -> Features:
-        """`forward`, of the prefix and the map that lie in `x` as tokens; of `features` the map's grid is read."""
+    def encode(self, features: Features, x: Tensor, own: bool = True) -> Features:
+        """`forward`, of the prefix and the map that lie in `x` as tokens; of `features` grid and prefix are read.
+
+        What nobody else holds (`own`) may be overwritten.
+        """
         grid, prefix = (features.map.shape[2], features.map.shape[3]), features.prefix
         count = 0 if prefix is None else prefix.shape[1]
         mixer, residual = self.mixer, self.mixer_residual
@@ -92,11 +97,14 @@ class Encoder(Block):
         y = mixer(y, grid, **turn)
         mlp = self.mlp
         multiplies = type(mlp) is Mlp and type(mlp.fc1) is Linear and unhooked(mlp, mlp.fc1) and not self.norm_stream
-        both = add_norm(x, self.norm2, multiplies, y, residual)
+        both = add_norm(x, self.norm2, multiplies, y, residual, own=own)
         if both is None:
             x = residual(x, y)
-            both = x, self.norm2(x)
-        x = self._feed_forward(*both, grid)
+            x = self._feed_forward(x, self.norm2(x), grid)
+        elif self.norm_stream:
+            x = self._feed_forward(*both, grid)
+        else:
+            x = add_to(both[0], mlp(both[1], grid), self.mlp_residual)
         if prefix is None:
             return features.replace(map=to_map(x, grid))
         prefix, x = x.split([count, x.shape[1] - count], dim=1)

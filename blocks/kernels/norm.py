@@ -96,6 +96,7 @@ def add_norm(
     branch: Tensor | None = None,
     factor: Tensor | None = None,
     words: int = 0,
+    own: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The sum `x + factor · branch` of float32 rows `(samples, …, dim)`, and what a norm makes of it, in `dtype`.
 
@@ -104,6 +105,7 @@ def add_norm(
         factor: of each sample's branch.
         words: into so many a row is divided, by whose channels it lies in memory while the norm goes by words: a
             multiple of 16, or 0.
+        own: whether nobody else holds x, so that without gradients the sum may take its place.
     """
     if watched(x, branch, weight):
         stream, made = _AddNorm.apply(x, weight, bias, eps, dtype, branch, factor, words)
@@ -112,13 +114,13 @@ def add_norm(
         make = partial(_again, eps, dtype, words)
         made.recipe = Recipe(make, (stream, stats, weight, bias), made._version)
         return stream, made
-    stream, made, _ = _forward(x, weight, bias, eps, dtype, branch, factor, words)
+    stream, made, _ = _forward(x, weight, bias, eps, dtype, branch, factor, words, own)
     return stream, made
 
 
-def added(x: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
-    """`x + factor · branch` of float32 and bfloat16 `(samples, …, dim)`."""
-    return _Add.apply(x, branch, factor) if watched(x, branch) else _sum(x, branch, factor)
+def added(x: Tensor, branch: Tensor, factor: Tensor | None, own: bool = False) -> Tensor:
+    """`x + factor · branch` of float32 and bfloat16 `(samples, …, dim)`; `own` as above."""
+    return _Add.apply(x, branch, factor) if watched(x, branch) else _sum(x, branch, factor, own)
 
 
 def norm_onto(y: Tensor, weight: Tensor, bias: Tensor, eps: float, x: Tensor, prefix: Tensor | None) -> Tensor:
@@ -128,8 +130,8 @@ def norm_onto(y: Tensor, weight: Tensor, bias: Tensor, eps: float, x: Tensor, pr
     return _onto(y, weight, bias, eps, x, prefix)[0]
 
 
-def _sum(x: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
-    total = torch.empty_like(x)
+def _sum(x: Tensor, branch: Tensor, factor: Tensor | None, own: bool = False) -> Tensor:
+    total = x if own else torch.empty_like(x)
     rest = (None, None, total, None, None)
     call("norm_forward", branch.dtype, Shape.of(x), x, branch, factor, *rest)
     return total
@@ -144,10 +146,12 @@ def _forward(
     branch: Tensor | None,
     factor: Tensor | None,
     words: int,
+    own: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum, its norm, and mean and inverse deviation of each row."""
     shape = Shape.of(x, eps, words)
-    total, made = x if branch is None else torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+    total = x if branch is None or own else torch.empty_like(x)
+    made = torch.empty_like(x, dtype=dtype)
     stats = x.new_empty(shape.rows, 2)
     call("norm_forward", dtype, shape, x, branch, factor, weight, bias, total, stats, made)
     return total, made, stats
@@ -165,9 +169,9 @@ def _again(
     return made
 
 
-def _parts(shape: Shape, like: Tensor) -> Tensor:
-    """Room for the gradients of weight and bias of each chunk of rows."""
-    return like.new_empty(-(-shape.rows // CHUNK), 2, shape.dim, dtype=torch.float32)
+def _grads(shape: Shape, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """For the gradients of weight and bias: room for those of each chunk of rows, and for the whole."""
+    return weight.new_empty(-(-shape.rows // CHUNK), 2, shape.dim), weight.new_empty(2, shape.dim)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -209,10 +213,10 @@ class _AddNorm(torch.autograd.Function):
             if stream is not None and dbranch is not None:
                 call("norm_scaled", ctx.dtype, shape, stream, factor, dbranch)
             return stream, None, None, None, None, None if stream is None else dbranch, None, None
-        dx, parts = torch.empty_like(x), _parts(shape, x)
+        dx, (parts, dw) = torch.empty_like(x), _grads(shape, weight)
         call("norm_backward", ctx.dtype, shape, x, weight, stats, grad.contiguous(), stream,
-             factor, dx, dbranch, parts)  # fmt: skip
-        dw, db = parts.sum(0)
+             factor, dx, dbranch, parts, dw)  # fmt: skip
+        dw, db = dw.unbind()
         return dx, dw, db, None, None, dbranch, None, None
 
 
@@ -266,7 +270,7 @@ class _NormOnto(torch.autograd.Function):
             dy, dw, db = torch.autograd.grad(made, (y, weight, bias), rest, create_graph=True)
             return dy, dw, db, None, rest, first
         grad, shape = grad.contiguous(), Shape.of(y)
-        dy, parts = torch.empty_like(y), _parts(shape, y)
-        call("norm_onto_back", y.dtype, shape, y, weight, stats, Places.of(grad[:, ctx.count :]), dy, parts)
-        dw, db = parts.sum(0)
+        dy, (parts, dw) = torch.empty_like(y), _grads(shape, weight)
+        call("norm_onto_back", y.dtype, shape, y, weight, stats, Places.of(grad[:, ctx.count :]), dy, parts, dw)
+        dw, db = dw.unbind()
         return dy, dw, db, None, rest, first

@@ -60,6 +60,14 @@ void chunks(const Shape& s, Parallel parallel, const F& work) {
   });
 }
 
+// The chunks' gradients of weight and bias, 2 · dim numbers each, together, those of the first chunks first.
+inline void together(const Shape& s, const float* parts, float* grads) {
+  int wide = 2 * s.dim;
+  std::memcpy(grads, parts, wide * sizeof(float));
+  for (int64_t k = 1; k * CHUNK < s.rows; ++k)
+    for (int i = 0; i < wide; i += LANES) storeu(grads + i, loadu(grads + i) + loadu(parts + k * wide + i));
+}
+
 // Mean and inverse deviation of a row.
 inline void moments(const float* x, int d, float eps, float* stats) {
   V sum = set(0.0f), other = sum;
@@ -147,7 +155,7 @@ inline void row_back(const typename K::E* x, const typename G::E* grad, const fl
 template <class K>
 void backward(const Shape& s, const float* x, const float* w, const float* stats, const typename K::E* grad,
               const float* stream, const float* factor, float* dx,
-              typename K::E* dbranch, float* parts, Parallel parallel) {
+              typename K::E* dbranch, float* parts, float* grads, Parallel parallel) {
   int d = s.dim;
   chunks(s, parallel, [&](int64_t first, int64_t end, int64_t chunk) {
     float room[MOST_DIM + LANES], found[MOST_DIM + LANES];
@@ -166,6 +174,7 @@ void backward(const Shape& s, const float* x, const float* w, const float* stats
       }
     }
   });
+  together(s, parts, grads);
 }
 
 template <class K>
@@ -198,7 +207,7 @@ void onto(const Shape& s, const typename K::E* x, const float* w, const float* b
 
 template <class K>
 void onto_back(const Shape& s, const typename K::E* x, const float* w, const float* stats, const Rows& grad,
-               typename K::E* dx, float* parts, Parallel parallel) {
+               typename K::E* dx, float* parts, float* grads, Parallel parallel) {
   int d = s.dim;
   chunks(s, parallel, [&](int64_t first, int64_t end, int64_t chunk) {
     float room[MOST_DIM + LANES];
@@ -209,13 +218,15 @@ void onto_back(const Shape& s, const typename K::E* x, const float* w, const flo
       for (int i = 0; i < d; i += LANES) K::narrow(dx + r * d + i, loadu(room + i));
     }
   });
+  together(s, parts, grads);
 }
 
 }  // namespace
 
 extern "C" {
 
-// `parts`: for each CHUNK rows the gradients of the norm's weight and bias. What is null is not there, or not wanted.
+// `grads`: of the norm's weight, then of its bias; `parts`: room for those of each CHUNK rows. What is null is not
+// there, or not wanted.
 void norm_forward(const Shape* s, const float* x, const float* branch, const float* factor,
                   const float* w, const float* b, float* sum, float* stats, float* to, Parallel parallel) {
   forward<Full>(*s, x, branch, factor, w, b, sum, stats, to, parallel);
@@ -228,8 +239,8 @@ void norm_again(const Shape* s, const float* x, const float* w, const float* b, 
 
 void norm_backward(const Shape* s, const float* x, const float* w, const float* stats,
                    const float* grad, const float* stream, const float* factor, float* dx, float* dbranch, float* parts,
-                   Parallel parallel) {
-  backward<Full>(*s, x, w, stats, grad, stream, factor, dx, dbranch, parts, parallel);
+                   float* grads, Parallel parallel) {
+  backward<Full>(*s, x, w, stats, grad, stream, factor, dx, dbranch, parts, grads, parallel);
 }
 
 void norm_scaled(const Shape* s, const float* x, const float* factor, float* to, Parallel parallel) {
@@ -242,8 +253,8 @@ void norm_onto(const Shape* s, const float* x, const float* w, const float* b, c
 }
 
 void norm_onto_back(const Shape* s, const float* x, const float* w, const float* stats, const Rows* grad, float* dx,
-                    float* parts, Parallel parallel) {
-  onto_back<Full>(*s, x, w, stats, *grad, dx, parts, parallel);
+                    float* parts, float* grads, Parallel parallel) {
+  onto_back<Full>(*s, x, w, stats, *grad, dx, parts, grads, parallel);
 }
 
 #ifdef __AVX512BF16__
@@ -259,8 +270,8 @@ void norm_again_bf16(const Shape* s, const float* x, const float* w, const float
 
 void norm_backward_bf16(const Shape* s, const float* x, const float* w, const float* stats,
                    const uint16_t* grad, const float* stream, const float* factor, float* dx, uint16_t* dbranch, float* parts,
-                   Parallel parallel) {
-  backward<Half>(*s, x, w, stats, grad, stream, factor, dx, dbranch, parts, parallel);
+                   float* grads, Parallel parallel) {
+  backward<Half>(*s, x, w, stats, grad, stream, factor, dx, dbranch, parts, grads, parallel);
 }
 
 void norm_scaled_bf16(const Shape* s, const float* x, const float* factor, uint16_t* to, Parallel parallel) {
@@ -273,8 +284,8 @@ void norm_onto_bf16(const Shape* s, const uint16_t* x, const float* w, const flo
 }
 
 void norm_onto_back_bf16(const Shape* s, const uint16_t* x, const float* w, const float* stats, const Rows* grad, uint16_t* dx,
-                    float* parts, Parallel parallel) {
-  onto_back<Half>(*s, x, w, stats, *grad, dx, parts, parallel);
+                    float* parts, float* grads, Parallel parallel) {
+  onto_back<Half>(*s, x, w, stats, *grad, dx, parts, grads, parallel);
 }
 #endif
 }
