@@ -53,9 +53,8 @@ class Residual(nn.Module):
             y = y * self.layer_scale
         if self.scale != 1.0:
             y = y * self.scale
-        if x.dtype is torch.float32 and y.dtype is torch.bfloat16 and x.shape == y.shape:
-            if kernel.serves(y.dtype, x, y):
-                return kernel.added(x, y, self.factor(x))
+        if sums(x, y):
+            return kernel.added(x, y, self.factor(x))
         if self.training and self.rate > 0.0:
             if x.dtype is y.dtype:
                 return torch.addcmul(x, y, kept(y, self.rate))
@@ -89,6 +88,12 @@ class LearnedResidual(Residual):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return super().forward(self.skip * x, self.branch * y)
+
+
+def sums(x: Tensor, branch: Tensor) -> bool:
+    """Whether there is a kernel that adds these without a copy in x's precision, as torch makes."""
+    mixed = x.dtype is torch.float32 and branch.dtype is torch.bfloat16
+    return mixed and x.shape == branch.shape and kernel.serves(branch.dtype, x, branch)
 
 
 def add_norm(
@@ -126,7 +131,7 @@ def add_to(x: Tensor, branch: Tensor, residual: Residual) -> Tensor:
         if x.dtype is branch.dtype:
             factor = residual.factor(x)
             return x.add_(branch) if factor is None else x.addcmul_(branch, factor)
-        if x.dtype is torch.float32 and branch.dtype is torch.bfloat16 and kernel.serves(branch.dtype, x, branch):
+        if sums(x, branch):
             return kernel.added(x, branch, residual.factor(x), own=True)
     return residual(x, branch)
 

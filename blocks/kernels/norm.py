@@ -114,7 +114,7 @@ def add_norm(
         make = partial(_again, eps, dtype, words)
         made.recipe = Recipe(make, (stream, stats, weight, bias), made._version)
         return stream, made
-    stream, made, _ = _forward(x, weight, bias, eps, dtype, branch, factor, words, own)
+    stream, made, _ = _forward(x, weight, bias, eps, dtype, branch, factor, words, own and not torch.is_grad_enabled())
     return stream, made
 
 
