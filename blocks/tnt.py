@@ -153,10 +153,10 @@ def joined(words: Tensor, norm: nn.Module, proj: nn.Module) -> tuple[Tensor, Ten
 
 
 def split_patches(images: Tensor, side: int) -> Tensor:
-    """`(B, C, H, W)` to `(B·N, C, side, side)`: the patches that do not overlap, in raster order."""
+    """`(B, C, H, W)` to `(B·N, C, side, side)`, in channels_last memory: the patches that do not overlap, in order."""
     b, c, h, w = images.shape
-    x = images.reshape(b, c, h // side, side, w // side, side)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, c, side, side)
+    x = images.permute(0, 2, 3, 1).reshape(b, h // side, side, w // side, side, c)
+    return x.transpose(2, 3).reshape(-1, side, side, c).permute(0, 3, 1, 2)
 
 
 class SentenceStem(Block):
