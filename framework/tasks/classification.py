@@ -48,7 +48,7 @@ class Classification(Task):
         freeze: what is not trained: the backbone stays as its weights are, in eval mode (batch statistics kept, no
             dropout, no drop path) and without gradients; the head and the loss terms learn.
         compile: whether torch.compile compiles each block of the backbone by itself, for training. Minutes at the
-            start, which long runs win back, on a GPU above all.
+            start, which long runs may win back on a GPU; on a CPU what it makes is slower than the kernels here.
         init: how every Linear and convolution of the net starts: as its part here has it (`own`: N(0, .02²) for most),
             or as torch has it (`torch`: uniform, by the number of inputs), which SReT leaves as it is.
 
