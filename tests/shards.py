@@ -13,6 +13,7 @@ import torch
 from PIL import Image as Pictures
 
 from framework.data import WebDataset
+from framework.data import shards as module
 from framework.errors import ConfigError
 
 
@@ -90,3 +91,17 @@ def error_of(folder: Path, **arguments: Any) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def fill(folder: Path) -> Path:
+    """61 pictures in 4 shards to train on, numbered from 0; 9 in one to validate on, from 100."""
+    for number, count in enumerate(SIZES):
+        write(folder / f"train-{number:02}.tar", samples(sum(SIZES[:number]), count))
+    write(folder / "val-0.tar", samples(100, 9))
+    return folder
+
+
+def settle(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """A seed for the order, and a folder of its own for the shards' counts."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setattr(module, "cache_folder", lambda: cache)

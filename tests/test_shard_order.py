@@ -16,23 +16,17 @@ from torch import Tensor
 from framework.data import WebDataset
 from framework.data import shards as module
 from framework.data.shards import LABEL, ShardOrder, find, read_index
-from tests.shards import SIZES, data_of, numbers, on_rank, samples, write
+from tests.shards import data_of, fill, numbers, on_rank, samples, settle, write
 
 
 @pytest.fixture(autouse=True)
 def place(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(module, "cache_folder", lambda: cache)
+    settle(monkeypatch, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """61 pictures in 4 shards to train on, numbered from 0; 9 in one to validate on, from 100."""
-    for number, count in enumerate(SIZES):
-        write(tmp_path / f"train-{number:02}.tar", samples(sum(SIZES[:number]), count))
-    write(tmp_path / "val-0.tar", samples(100, 9))
-    return tmp_path
+    return fill(tmp_path)
 
 
 # Order

@@ -176,20 +176,11 @@ def _grads(shape: Shape, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-        dtype: torch.dtype,
-        branch: Tensor | None,
-        factor: Tensor | None,
-        words: int,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        _, weight, bias, ctx.eps, ctx.dtype, branch, factor, ctx.words = given
         ctx.set_materialize_grads(False)
-        ctx.eps, ctx.words, ctx.dtype, ctx.with_branch = eps, words, dtype, branch is not None
-        total, made, ctx.stats = _forward(x, weight, bias, eps, dtype, branch, factor, words)
+        ctx.with_branch = branch is not None
+        total, made, ctx.stats = _forward(*given)
         ctx.save_for_backward(total, ctx.stats, weight, bias, factor)
         return total, made
 

@@ -223,69 +223,38 @@ void onto_back(const Shape& s, const typename K::E* x, const float* w, const flo
 
 }  // namespace
 
-extern "C" {
-
+// Each function for float32 and, with _bf16 behind its name, for bfloat16.
 // `grads`: of the norm's weight, then of its bias; `parts`: room for those of each CHUNK rows. What is null is not
 // there, or not wanted.
-void norm_forward(const Shape* s, const float* x, const float* branch, const float* factor,
-                  const float* w, const float* b, float* sum, float* stats, float* to, Parallel parallel) {
-  forward<Full>(*s, x, branch, factor, w, b, sum, stats, to, parallel);
-}
+#define FUNCTIONS(K, END)                                                                                           \
+  void norm_forward##END(const Shape* s, const float* x, const K::E* branch, const float* factor, const float* w,   \
+                         const float* b, float* sum, float* stats, K::E* to, Parallel parallel) {                   \
+    forward<K>(*s, x, branch, factor, w, b, sum, stats, to, parallel);                                              \
+  }                                                                                                                 \
+  void norm_again##END(const Shape* s, const float* x, const float* w, const float* b, const float* stats,          \
+                       K::E* to, Parallel parallel) {                                                               \
+    again<K>(*s, x, w, b, stats, to, parallel);                                                                     \
+  }                                                                                                                 \
+  void norm_backward##END(const Shape* s, const float* x, const float* w, const float* stats, const K::E* grad,     \
+                          const float* stream, const float* factor, float* dx, K::E* dbranch, float* parts,         \
+                          float* grads, Parallel parallel) {                                                        \
+    backward<K>(*s, x, w, stats, grad, stream, factor, dx, dbranch, parts, grads, parallel);                        \
+  }                                                                                                                 \
+  void norm_scaled##END(const Shape* s, const float* x, const float* factor, K::E* to, Parallel parallel) {         \
+    scaled<K>(*s, x, factor, to, parallel);                                                                         \
+  }                                                                                                                 \
+  void norm_onto##END(const Shape* s, const K::E* x, const float* w, const float* b, const Rows* base,              \
+                      float* stats, const Rows* to, Parallel parallel) {                                            \
+    onto<K>(*s, x, w, b, *base, stats, *to, parallel);                                                              \
+  }                                                                                                                 \
+  void norm_onto_back##END(const Shape* s, const K::E* x, const float* w, const float* stats, const Rows* grad,     \
+                           K::E* dx, float* parts, float* grads, Parallel parallel) {                               \
+    onto_back<K>(*s, x, w, stats, *grad, dx, parts, grads, parallel);                                               \
+  }
 
-void norm_again(const Shape* s, const float* x, const float* w, const float* b, const float* stats,
-                float* to, Parallel parallel) {
-  again<Full>(*s, x, w, b, stats, to, parallel);
-}
-
-void norm_backward(const Shape* s, const float* x, const float* w, const float* stats,
-                   const float* grad, const float* stream, const float* factor, float* dx, float* dbranch, float* parts,
-                   float* grads, Parallel parallel) {
-  backward<Full>(*s, x, w, stats, grad, stream, factor, dx, dbranch, parts, grads, parallel);
-}
-
-void norm_scaled(const Shape* s, const float* x, const float* factor, float* to, Parallel parallel) {
-  scaled<Full>(*s, x, factor, to, parallel);
-}
-
-void norm_onto(const Shape* s, const float* x, const float* w, const float* b, const Rows* base, float* stats,
-               const Rows* to, Parallel parallel) {
-  onto<Full>(*s, x, w, b, *base, stats, *to, parallel);
-}
-
-void norm_onto_back(const Shape* s, const float* x, const float* w, const float* stats, const Rows* grad, float* dx,
-                    float* parts, float* grads, Parallel parallel) {
-  onto_back<Full>(*s, x, w, stats, *grad, dx, parts, grads, parallel);
-}
-
+extern "C" {
+FUNCTIONS(Full, )
 #ifdef __AVX512BF16__
-void norm_forward_bf16(const Shape* s, const float* x, const uint16_t* branch, const float* factor,
-                  const float* w, const float* b, float* sum, float* stats, uint16_t* to, Parallel parallel) {
-  forward<Half>(*s, x, branch, factor, w, b, sum, stats, to, parallel);
-}
-
-void norm_again_bf16(const Shape* s, const float* x, const float* w, const float* b, const float* stats,
-                uint16_t* to, Parallel parallel) {
-  again<Half>(*s, x, w, b, stats, to, parallel);
-}
-
-void norm_backward_bf16(const Shape* s, const float* x, const float* w, const float* stats,
-                   const uint16_t* grad, const float* stream, const float* factor, float* dx, uint16_t* dbranch, float* parts,
-                   float* grads, Parallel parallel) {
-  backward<Half>(*s, x, w, stats, grad, stream, factor, dx, dbranch, parts, grads, parallel);
-}
-
-void norm_scaled_bf16(const Shape* s, const float* x, const float* factor, uint16_t* to, Parallel parallel) {
-  scaled<Half>(*s, x, factor, to, parallel);
-}
-
-void norm_onto_bf16(const Shape* s, const uint16_t* x, const float* w, const float* b, const Rows* base, float* stats,
-               const Rows* to, Parallel parallel) {
-  onto<Half>(*s, x, w, b, *base, stats, *to, parallel);
-}
-
-void norm_onto_back_bf16(const Shape* s, const uint16_t* x, const float* w, const float* stats, const Rows* grad, uint16_t* dx,
-                    float* parts, float* grads, Parallel parallel) {
-  onto_back<Half>(*s, x, w, stats, *grad, dx, parts, grads, parallel);
-}
+FUNCTIONS(Half, _bf16)
 #endif
 }
