@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blocks.base import Features, Site
-from blocks.kernels import batch_norm, branch, native, onednn
+from blocks.kernels import batch_norm, branch, native, products
 from blocks.mlp import GELU, Mlp
 from blocks.nextvit import NCB, NTB
 from blocks.norms import BatchNorm, LayerNorm, NoNorm
@@ -27,11 +27,11 @@ BLOCKS: dict[str, Callable[[], NCB | NTB]] = {
 }
 
 
-@pytest.fixture(params=[True, False], ids=["onednn", "blas"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[True, False], ids=["products", "blas"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """By either library, and several pieces of a small batch."""
-    monkeypatch.setattr(onednn, "faster", lambda flops: request.param and onednn._works())
-    monkeypatch.setattr(onednn, "ROWS", 100)
+    monkeypatch.setattr(products, "faster", lambda flops, dtype=torch.float32: request.param)
+    monkeypatch.setattr(branch, "ROWS", 100)
     monkeypatch.setattr(branch, "HIDDEN", 0)
 
 
@@ -69,7 +69,7 @@ def error(got: Tensor, exact: Tensor) -> float:
     return ((got - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
-@pytest.mark.usefixtures("products")
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("low", [False, True])
 def test_as_near_to_float64_as_the_parts(name: str, low: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_as_near_to_float64_as_the_parts(name: str, low: bool, monkeypatch: pyte
         assert error(got[key], value) < 2 * error(plain[key], value) + (1e-2 if low else 1e-6), key
 
 
-@pytest.mark.usefixtures("products")
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("name", BLOCKS)
 def test_drops_the_same_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made, map = block(name, 0.5), given(name)
@@ -115,7 +115,7 @@ def test_keeps_less() -> None:
     assert sum(kept.values()) == 4 * (11 * 36 * (32 + 96) + small) + 8 * 2 * 32
 
 
-@pytest.mark.usefixtures("products")
+@pytest.mark.usefixtures("library")
 def test_differentiated_twice() -> None:
     made, x = NCB(Site.at(32, 2)).train(), torch.randn(3, 4, 32)
     parts = (made.mlp_residual, made.norm, made.mlp)
@@ -184,12 +184,3 @@ def test_which_tokens_it_does_not_serve() -> None:
     assert not branch.serves(*parts, x)
     assert isinstance(made.norm, BatchNorm)
     assert isinstance(made.mlp, Mlp)
-
-
-@pytest.mark.parametrize("shape", [(1, 16), (16, 32), (100, 48), (1568, 96), (7, 20), (0, 16)])
-def test_turned(shape: tuple[int, int]) -> None:
-    x = torch.randn(shape)
-    made = onednn.turned(x)
-    assert made.is_contiguous()
-    torch.testing.assert_close(made, x.t(), rtol=0, atol=0)
-    torch.testing.assert_close(onednn.turned(x[:, 1:]), x[:, 1:].t(), rtol=0, atol=0)

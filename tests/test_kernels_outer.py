@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from blocks.base import Site, linear
-from blocks.kernels import batch_norm, folded, native, onednn
+from blocks.kernels import batch_norm, folded, onednn, products
 from blocks.kernels import linear as kernels
 from blocks.mlp import GELU, Mlp, ReLU
 from blocks.nextvit import NCB, NTB, Downsample
@@ -25,92 +22,16 @@ from blocks.stems import ConvStem
 from tests.contract import features, randomise
 from tests.kernels import draw, error, saved_bytes
 
-needs_onednn = pytest.mark.skipif(not onednn._works(), reason="torch has no oneDNN here")
+needs_products = pytest.mark.skipif(
+    not (products.kernel(torch.float32) or onednn.multiplies(torch.float32)), reason="no products but torch's here"
+)
 
 
 @pytest.fixture(autouse=True)
-def always(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """The faster forms for small tensors too, without a look at the clock and at the user's cache folder."""
-    native.library()  # from the cache that is there
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(onednn, "FLOOR", 0.0)
-    monkeypatch.setattr(onednn, "faster", lambda flops: onednn._works())
-    onednn._smallest.cache_clear()
-    yield
-    onednn._smallest.cache_clear()
-
-
-# ---- oneDNN
-
-
-@needs_onednn
-@pytest.mark.parametrize(("rows", "width", "out"), [(5000, 12, 40), (5000, 40, 12), (300, 16, 16), (2048, 8, 9)])
-def test_products_of_onednn(rows: int, width: int, out: int) -> None:
-    x, weight, bias, grad = draw(rows, width), draw(out, width), draw(out), draw(rows, out)
-    assert error(onednn.forward(x, weight, bias), F.linear(x.double(), weight.double(), bias.double())) < 1e-6
-    assert error(onednn.grad_input(grad, weight), grad.double() @ weight.double()) < 1e-6
-    got = onednn.grad_weight(grad, x)
-    assert error(got, grad.double().t() @ x.double()) < 2e-6
-    assert got.is_contiguous()
-
-
-@needs_onednn
-def test_the_measurement_leaves_the_run_alone() -> None:
-    """No random number is drawn, the number of threads stays, and what is found is one of the sizes or none."""
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    found = onednn._measure()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.get_num_threads() == threads
-    assert found is None or found in {2.0 * a * b * c for a, b, c in onednn.SIZES}
-
-
-@needs_onednn
-def test_the_measurement_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    results = iter([7.0, None])
-    monkeypatch.setattr(onednn, "_measure", lambda: next(results))
-    assert onednn._smallest() == 7.0
-    file = tmp_path / "tessera" / "onednn.json"
-    (key,) = json.loads(file.read_text())
-    assert torch.__version__ in key
-    onednn._smallest.cache_clear()
-    assert onednn._smallest() == 7.0  # read, not measured again
-    assert [path.name for path in file.parent.iterdir()] == ["onednn.json"]
-    file.write_text('{"half a fi')
-    onednn._smallest.cache_clear()
-    assert onednn._smallest() == float("inf")  # None: never faster
-    assert json.loads(file.read_text()) == {key: None}
-
-
-@needs_onednn
-def test_of_two_processes_the_first_to_write_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def measured_meanwhile() -> float:
-        monkeypatch.setattr(onednn, "_measure", lambda: 7.0)
-        first = onednn._smallest.__wrapped__()
-        assert first == 7.0
-        return 9.0
-
-    monkeypatch.setattr(onednn, "_measure", measured_meanwhile)
-    assert onednn._smallest() == 7.0
-
-
-@needs_onednn
-def test_a_cache_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(onednn, "_measure", lambda: 7.0)
-    assert onednn._smallest() == 7.0
-
-
-def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An operator that is missing or wrong is not used."""
-    monkeypatch.setattr(onednn, "forward", lambda x, weight, bias, relu=False: F.linear(x, weight))
-    assert onednn._smallest() == float("inf")
-
-    def missing(*args: object, **kwargs: object) -> Tensor:
-        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
-
-    monkeypatch.setattr(onednn, "forward", missing)
-    assert onednn._smallest.__wrapped__() == float("inf")
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The faster forms for small tensors too, without a look at the clock."""
+    monkeypatch.setattr(products, "FLOOR", 0.0)
+    monkeypatch.setattr(products, "_smallest", lambda: 0.0)
 
 
 # ---- Linear
@@ -381,23 +302,27 @@ def test_mlp_in_pieces(monkeypatch: pytest.MonkeyPatch, act: type) -> None:
     monkeypatch.setattr(Mlp, "_piece", lambda self, first, x, one: pieces.append(len(x)) or run(self, first, x, one))
     whole = mlp(x, (4, 4))
     monkeypatch.setattr(kernels, "LARGE", 0)
-    monkeypatch.setattr(onednn, "ROWS", 100)
+    monkeypatch.setattr(kernels, "ROWS", 100)
     with torch.no_grad():
         got = mlp(x, (4, 4))
     torch.testing.assert_close(got, whole)
     assert pieces == [30, 100, 100, 100, 100, 80]
 
 
-@needs_onednn
+@needs_products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gelu_in_the_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without gradients an MLP's GELU is part of the product in front of it; not where somebody looks between."""
     torch.manual_seed(0)
     mlp, x = Mlp(Site.at(24, 4)), draw(5, 16, 24)
     exact = copy.deepcopy(mlp).double()(x.double(), (4, 4))
-    calls, forward_gelu, low = [], onednn.forward_gelu, onednn.multiplies_bfloat16()
-    monkeypatch.setattr(onednn, "faster", lambda flops: True)
-    monkeypatch.setattr(onednn, "forward_gelu", lambda *args: calls.append(args[0].dtype) or forward_gelu(*args))
+    calls, forward, low = [], products.forward, products.faster(1e9, torch.bfloat16)
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "none") -> Tensor:
+        calls.extend([x.dtype] if act == "gelu" else [])
+        return forward(x, weight, bias, act)
+
+    monkeypatch.setattr(products, "forward", watched)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
         got = mlp(x, (4, 4))
         assert calls == ([dtype] if dtype is torch.float32 or low else [])

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from blocks.base import Norm
 from blocks.gates import NoGate
-from blocks.kernels import batch_norm, onednn
-from blocks.kernels.linear import DTYPES, Linear, eager, precision, unhooked
+from blocks.kernels import batch_norm, products
+from blocks.kernels.linear import DTYPES, ROWS, Linear, eager, precision, unhooked
 from blocks.kernels.native import call
 from blocks.mlp import Mlp, ReLU
 from blocks.norms import BatchNorm
@@ -79,26 +79,26 @@ def _plain(x: Tensor, parts: tuple[Tensor, ...], keep: Tensor | None, eps: float
     return x + (y if keep is None else y * keep.to(y.dtype))
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
-    # In bfloat16 torch's own product is oneDNN's too, and without a bias it is the faster call.
-    if _chosen(x, weight) and not (bias is None and x.dtype is torch.bfloat16):
-        return onednn.forward(x, weight, bias, relu)
-    made = F.linear(x, weight, bias)
-    return made.relu_() if relu else made
+def _faster(x: Tensor, weight: Tensor) -> bool:
+    return products.faster(2.0 * x.numel() * weight.shape[0], x.dtype)
 
 
-def _chosen(x: Tensor, weight: Tensor) -> bool:
-    if x.dtype is torch.bfloat16:
-        return onednn.fuses(x.dtype)
-    return onednn.faster(2.0 * x.numel() * weight.shape[0])
+def _product(x: Tensor, weight: Tensor, bias: Tensor, act: str = "none") -> Tensor:
+    if _faster(x, weight):
+        return products.forward(x, weight, bias, act)
+    made = F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+    return made.relu_() if act == "relu" else made
+
+
+def _below(grad: Tensor, weight: Tensor) -> Tensor:
+    return products.grad_input(grad, weight) if _faster(grad, weight.t()) else grad @ weight.to(grad.dtype)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
     """`gradᵀ x` in float32, added to `total`."""
-    if x.dtype is torch.float32 and _chosen(x, grad.t()):
-        part = onednn.grad_weight(grad, x)
-    else:
-        part = grad.t() @ x
+    if _faster(x, grad.t()):
+        return products.grad_weight(grad, x, total=total)[0].float()
+    part = grad.t() @ x
     return part.float() if total is None else total.add_(part)
 
 
@@ -112,14 +112,13 @@ class _Branch(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         (hidden, width), each = w1.shape, x.shape[1]
         weight, bias = batch_norm.fold(w1, b1, folded[0], folded[1], x.dtype)
-        weight2, bias2 = w2.to(x.dtype), b2.to(x.dtype)
-        count = max(max(HIDDEN // hidden, onednn.ROWS) // each, 1)
+        count = max(max(HIDDEN // hidden, ROWS) // each, 1)
         out, kept = torch.empty_like(x), []
         with torch.autocast("cpu", enabled=False):
             for piece, place, by in zip(x.split(count), out.split(count), _split(keep, count), strict=False):
                 rows = piece.flatten(0, 1)
-                kept.append(_product(rows, weight, bias, relu=True))
-                y = _product(kept[-1], weight2, bias2)
+                kept.append(_product(rows, weight, bias, "relu"))
+                y = _product(kept[-1], w2, b2)
                 call("branch_added", x.dtype, rows, y, by, each, len(rows), width, place)
         ctx.count, ctx.eps = count, eps
         ctx.save_for_backward(x, scale, shift, w1, b1, w2, b2, moments, folded, keep, *kept)
@@ -150,7 +149,6 @@ def _gradients(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Of the input, and of the parameters of norm, first and second layer."""
     dtype, each, (inner, width) = x.dtype, x.shape[1], w1.shape
-    back1, back2 = w1.to(dtype).t(), w2.to(dtype).t()
     sums1, sums2 = (moments.new_empty(len(hidden), n) for n in (inner, width))
     below: list[Tensor] = []
     dw1: Tensor | None = None
@@ -161,10 +159,10 @@ def _gradients(
         d = given if by is None else torch.empty_like(given)
         call("branch_slope", dtype, given, None, by, each, len(d), width, None if by is None else d, sums2[i])
         dw2 = _weight_gradient(d, h, dw2)
-        dh = _product(d, back2, None)
+        dh = _below(d, w2)
         call("branch_slope", dtype, dh, h, None, each, len(d), inner, dh, sums1[i])
         dw1 = _weight_gradient(dh, piece, dw1)
-        below.append(_product(dh, back1, None))
+        below.append(_below(dh, w1))
     assert dw1 is not None
     assert dw2 is not None
     db1, db2 = (sums.sum(0).float() for sums in (sums1, sums2))

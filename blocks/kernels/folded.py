@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from blocks.base import Act, Norm
 from blocks.gates import NoGate
 from blocks.kernels import batch_norm, onednn
-from blocks.kernels.linear import DTYPES, Linear, eager, linear, linear_relu, precision, unhooked
+from blocks.kernels.linear import DTYPES, ROWS, Linear, eager, linear, linear_relu, precision, unhooked
 from blocks.mlp import Mlp, ReLU
 from blocks.norms import BatchNorm
 from blocks.residual import Residual
@@ -163,7 +163,7 @@ def mlp_onto(norm: Norm, mlp: nn.Module, x: Tensor) -> Tensor | None:
     weight, bias = (t.to(dtype) for t in first)
     weight2, bias2 = mlp.fc2.weight.to(dtype), None if mlp.fc2.bias is None else mlp.fc2.bias.to(dtype)
     rows = x.view(-1, x.shape[-1])
-    count = max(onednn.ROWS, HIDDEN // mlp.fc1.out_features)
+    count = max(ROWS, HIDDEN // mlp.fc1.out_features)
     for piece in rows.split(count):
         piece.add_(linear(linear_relu(piece, weight, bias), weight2, bias2))
     return x

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blocks.kernels import native, onednn
-from blocks.kernels.linear import eager, grad_bias, product
+from blocks.kernels import native, products
+from blocks.kernels.linear import eager
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -22,9 +22,9 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
     flops = 2.0 * x.numel() * weight.shape[0]
     low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
     dtype = torch.bfloat16 if low else torch.float32
-    if x.dtype is not dtype or weight.dtype is not torch.float32 or flops <= onednn.FLOOR:
+    if x.dtype is not dtype or weight.dtype is not torch.float32 or flops <= products.FLOOR:
         return None
-    if (not low and (torch.is_autocast_enabled("cpu") or not onednn.faster(flops))) or not available(dtype):
+    if (not low and torch.is_autocast_enabled("cpu")) or not products.faster(flops, dtype) or not available(dtype):
         return None
     return _GeluLinear.apply(x, weight, bias)
 
@@ -56,7 +56,7 @@ class _GeluLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         rows = activated(x).view(-1, x.shape[-1])
-        out = product(rows, weight, bias, x.dtype is torch.float32)
+        out = products.forward(rows, weight, bias)
         # Not a view, which could not be changed in place behind a Function.
         return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
@@ -69,9 +69,7 @@ class _GeluLinear(torch.autograd.Function):
             inputs = [t for t, wanted in zip((x, weight, bias), ctx.needs_input_grad, strict=True) if wanted]
             grads = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
             return tuple(next(grads) if wanted else None for wanted in ctx.needs_input_grad)
-        rows, fast = grad.reshape(-1, grad.shape[-1]), x.dtype is torch.float32
-        dx = onednn.grad_input(rows, weight) if fast else rows @ weight.to(x.dtype)
-        made = activated(x, dx).view_as(dx)
-        dw = onednn.grad_weight(rows, made) if fast else (rows.t() @ made).to(weight.dtype)
-        db = grad_bias(rows).to(weight.dtype) if ctx.needs_input_grad[2] else None
-        return dx.view_as(x), dw, db
+        rows = grad.reshape(-1, grad.shape[-1])
+        dx = products.grad_input(rows, weight)
+        dw, db = products.grad_weight(rows, activated(x, dx).view_as(dx), bias=ctx.needs_input_grad[2])
+        return dx.view_as(x), dw.to(weight.dtype), None if db is None else db.to(weight.dtype)

@@ -1,8 +1,8 @@
 """Linear layers that run, and are differentiated, by the fastest matrix products and with the least memory.
 
-On the CPU a float32 product goes to oneDNN where that is faster. For the backward pass a Linear keeps its input, unless
-that can be computed again from something that is kept anyway: a norm's or an activation's output carries how it was
-made (`recomputable`), and the Linear behind it keeps that instead. Under autocast it keeps no copy of its weight.
+On the CPU a product goes to a kernel or to oneDNN where that is faster. For the backward pass a Linear keeps its input,
+unless that can be computed again from something that is kept anyway: a norm's or an activation's output carries how it
+was made (`recomputable`), and the Linear behind it keeps that instead. Under autocast it keeps no copy of its weight.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blocks.kernels import onednn
+from blocks.kernels import products
 
 PLAIN = (Tensor, nn.Parameter)
 
 # Others run torch's own Linear; float64 is the reference that the rest is held against.
 DTYPES = (torch.float32, torch.bfloat16)
+
+# Work in pieces is done on so many rows at a time.
+ROWS = 2048
 
 # Bytes from which on the C library asks the system for fresh memory each time.
 LARGE = 2**25
@@ -80,22 +83,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     flops = 2.0 * x.numel() * weight.shape[0]
-    if flops <= onednn.FLOOR or not eager(x, weight, bias):
+    if flops <= products.FLOOR or not eager(x, weight, bias):
         return F.linear(x, weight, bias)
     cast = torch.is_autocast_enabled("cpu")
     dtype = precision(x)
     if dtype not in DTYPES or x.dtype not in DTYPES or weight.dtype not in DTYPES:
         return F.linear(x, weight, bias)
     same = x.dtype is weight.dtype is dtype
-    fast = same and dtype is torch.float32 and onednn.faster(flops)
+    fast = (same or (cast and dtype is torch.bfloat16)) and products.faster(flops, dtype)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         recipe: Recipe | None = getattr(x, "recipe", None)
         if recipe is not None and recipe.version != x._version:
             recipe = None
         if (fast or cast or recipe is not None) and (same or cast):
             return _Linear.apply(x, weight, bias, dtype, fast, recipe)
-    elif fast or (dtype is torch.bfloat16 and (same or cast) and onednn.fuses(dtype)):
-        return onednn.forward(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    elif fast:
+        return products.forward(x.to(dtype), weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -106,13 +109,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     flops = 2.0 * x.numel() * weight.shape[0]
     cast = torch.is_autocast_enabled("cpu")
     dtype = precision(x)
-    if flops <= onednn.FLOOR or x.dtype not in DTYPES or not (cast or x.dtype is weight.dtype):
+    if flops <= products.FLOOR or x.dtype not in DTYPES or not (cast or x.dtype is weight.dtype):
         return None
-    if not (
-        onednn.multiplies_bfloat16() if dtype is torch.bfloat16 else dtype is torch.float32 and onednn.faster(flops)
-    ):
+    if not products.faster(flops, dtype):
         return None
-    return onednn.forward_gelu(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return products.forward(x.to(dtype), weight, bias, "gelu")
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -120,8 +121,8 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     dtype = precision(x)
     if dtype in DTYPES and weight.dtype in DTYPES:
         flops = 2.0 * x.numel() * weight.shape[0]
-        if onednn.fuses(dtype) if dtype is torch.bfloat16 else x.dtype is weight.dtype and onednn.faster(flops):
-            return onednn.forward(x.to(dtype), weight.to(dtype), bias.to(dtype), relu=True)
+        if (dtype is torch.bfloat16 or x.dtype is weight.dtype) and products.faster(flops, dtype):
+            return products.forward(x.to(dtype), weight, bias, "relu")
     return F.linear(x, weight, bias).relu_()
 
 
@@ -136,26 +137,8 @@ def in_pieces(make: Callable[[Tensor], Tensor], x: Tensor, hidden: int) -> Tenso
     rows = x.numel() // x.shape[-1]
     if 4 * rows * hidden <= LARGE:
         return make(x)
-    made = torch.cat([make(piece) for piece in x.reshape(rows, -1).split(onednn.ROWS)])
+    made = torch.cat([make(piece) for piece in x.reshape(rows, -1).split(ROWS)])
     return made.view(*x.shape[:-1], made.shape[-1])
-
-
-def product(rows: Tensor, weight: Tensor, bias: Tensor | None, fast: bool) -> Tensor:
-    """`F.linear` of a matrix, in its precision; `fast` by oneDNN in float32."""
-    dtype = rows.dtype
-    if not fast:
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    # In bfloat16 torch's product is the same one, but first copies the bias to each row of the result.
-    if fast or (dtype is torch.bfloat16 and bias is not None and onednn.fuses(dtype)):
-        return onednn.forward(rows, weight, bias)
-    return F.linear(rows, weight, bias)
-
-
-def grad_bias(grad: Tensor) -> Tensor:
-    """The sum of the rows; in bfloat16 as a product, which is twice as fast and adds up in float32 too."""
-    if grad.dtype is torch.bfloat16 and not torch.is_grad_enabled() and onednn.multiplies_bfloat16():
-        return (grad.new_ones(1, grad.shape[0]) @ grad)[0]
-    return grad.sum(0)
 
 
 class Linear(nn.Linear):
@@ -183,7 +166,10 @@ class _Linear(torch.autograd.Function):
             kept = (low,)
         ctx.save_for_backward(weight, *kept)
         rows = low.reshape(-1, low.shape[-1])
-        out = product(rows, weight, bias, fast)
+        if fast:
+            out = products.forward(rows, weight, bias)
+        else:
+            out = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
         # Not a view, which could not be changed in place behind a Function.
         return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
@@ -195,13 +181,17 @@ class _Linear(torch.autograd.Function):
         fast = ctx.fast and not twice
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = onednn.grad_input(grad, weight) if fast else grad @ weight.to(ctx.dtype)
+            dx = products.grad_input(grad, weight) if fast else grad @ weight.to(ctx.dtype)
             dx = dx.to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
             half = len(kept) // 2
             x = kept[0] if ctx.make is None else ctx.make(*(kept[:half] if twice else kept[half:]))
             x, rows = x.to(ctx.dtype).reshape(-1, weight.shape[1]), grad.reshape(-1, weight.shape[0])
-            dw = (onednn.grad_weight(rows, x) if fast else rows.t() @ x).to(weight.dtype)
+            if fast:
+                dw, db = products.grad_weight(rows, x, bias=ctx.needs_input_grad[2])
+            else:
+                dw = rows.t() @ x
+            dw = dw.to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            db = grad_bias(grad.reshape(-1, grad.shape[-1])).to(weight.dtype)
+            db = (grad.reshape(-1, grad.shape[-1]).sum(0) if db is None else db).to(weight.dtype)
         return dx, dw, db, None, None, None

@@ -1,4 +1,4 @@
-// What a branch of batch norm, Linear, ReLU and Linear does beside its products, each in one pass; and a transposed copy.
+// What a branch of batch norm, Linear, ReLU and Linear does beside its products, each in one pass.
 
 #include "vector.h"
 
@@ -6,30 +6,6 @@ namespace {
 
 #include "words.h"
 #include "rows.h"
-
-// x as columns.
-void turned(const float* x, int64_t rows, int64_t width, float* to, int threads, Parallel parallel) {
-  constexpr int TILE = 4;  // blocks of LANES rows, so that longer runs are written
-  split(rows, width, threads, parallel, [&](int64_t begin, int64_t end, int) {
-    for (int64_t first = begin; first < end; first += TILE * LANES)
-      for (int64_t c = 0; c < width; c += LANES)
-        for (int64_t r = first, last = std::min(end, first + TILE * LANES); r < last; r += LANES) {
-          V v[LANES];
-          int count = int(std::min<int64_t>(LANES, last - r));
-#pragma GCC unroll 16
-          for (int i = 0; i < LANES; ++i) v[i] = loadu(x + (r + std::min(i, count - 1)) * width + c);
-          turn(v);
-          for (int i = 0; i < LANES; ++i)
-            if (count == LANES) {
-              storeu(to + (c + i) * rows + r, v[i]);
-            } else {
-              float line[LANES];
-              storeu(line, v[i]);
-              std::memcpy(to + (c + i) * rows + r, line, count * sizeof(float));
-            }
-        }
-  });
-}
 
 // The gradient behind ReLU's slope, where `hidden` is what that gave, times a number for each `each` rows; and its sums.
 template <class K>
@@ -112,10 +88,6 @@ void unfolded(float* grad, const float* bias, const float* weight, const float* 
 extern "C" {
 
 // Widths are whole vectors.
-
-int branch_turned(const float* x, int64_t rows, int64_t width, float* to, int threads, Parallel parallel) {
-  return guarded([&] { turned(x, rows, width, to, threads, parallel); });
-}
 
 int branch_unfolded(float* grad, const float* bias, const float* weight, const float* scale, const float* shift,
                     int64_t rows, int64_t width, double* product, double* sum, int threads, Parallel parallel) {
