@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from blocks.base import Act, Norm
 from blocks.gates import NoGate
 from blocks.kernels import batch_norm, onednn
+from blocks.kernels import conv as kernel
 from blocks.kernels.linear import DTYPES, ROWS, Linear, eager, linear, linear_relu, precision, unhooked
 from blocks.mlp import Mlp, ReLU
 from blocks.norms import BatchNorm
@@ -60,7 +61,9 @@ class Folded(NamedTuple):
 
     def __call__(self, map: Tensor) -> Tensor:
         relu, dtype = type(self.act) is ReLU, self.weight.dtype
-        if dtype in DTYPES and onednn.fuses(dtype):
+        if kernel.serves(self.conv, map, dtype) and kernel.faster(map, self.conv.groups):
+            map = kernel.conv(map.to(dtype), self.weight, self.bias, self.conv.groups, relu)
+        elif dtype in DTYPES and onednn.fuses(dtype):
             map = onednn.conv(map.to(dtype), self.weight, self.bias, self.conv, relu)
         else:
             at = (self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups)
@@ -86,7 +89,7 @@ def conv_norm_act(conv: nn.Module, norm: Norm, act: Act, map: Tensor) -> Tensor:
     folded = conv_norm(conv, norm, act, map)
     if folded is not None:
         return folded(map)
-    map = conv(map)
+    map = kernel.convolved(conv, map)
     if type(act) is ReLU and type(norm) is BatchNorm and unhooked(norm, act):
         made = batch_norm.batch_norm(norm.bn, map, relu=True)
         if made is not None:
