@@ -79,6 +79,10 @@ def test_products(form: str, rows: int, width: int, out: int, dtype: torch.dtype
         want = act(F.linear(x.double(), seen, bias.double()))
         assert error(products.forward(x, weight, bias, name), want) < tolerance
     assert error(products.forward(x, weight.to(dtype)), x.double() @ seen.t()) < tolerance
+    for stream in (draw(rows, out), draw(rows, out).to(dtype)):
+        sum = stream.double() + F.linear(x.double(), seen, bias.double())
+        assert products.forward(x, weight, bias, onto=stream) is stream
+        assert error(stream, sum) < tolerance
     got = products.grad_input(grad, weight)
     assert got.dtype is dtype
     assert error(got, grad.double() @ seen) < tolerance

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from blocks.base import Act, Norm
 from blocks.gates import NoGate
-from blocks.kernels import batch_norm, onednn
+from blocks.kernels import batch_norm, onednn, products
 from blocks.kernels import conv as kernel
 from blocks.kernels.linear import DTYPES, ROWS, Linear, eager, linear, linear_relu, precision, unhooked
 from blocks.mlp import Mlp, ReLU
@@ -164,11 +164,15 @@ def mlp_onto(norm: Norm, mlp: nn.Module, x: Tensor) -> Tensor | None:
     if first is None or x.dtype is not torch.promote_types(x.dtype, dtype):
         return None
     weight, bias = (t.to(dtype) for t in first)
-    weight2, bias2 = mlp.fc2.weight.to(dtype), None if mlp.fc2.bias is None else mlp.fc2.bias.to(dtype)
+    weight2, bias2 = mlp.fc2.weight, mlp.fc2.bias
     rows = x.view(-1, x.shape[-1])
     count = max(ROWS, HIDDEN // mlp.fc1.out_features)
     for piece in rows.split(count):
-        piece.add_(linear(linear_relu(piece, weight, bias), weight2, bias2))
+        hidden = linear_relu(piece, weight, bias)
+        if products.faster(2.0 * hidden.numel() * rows.shape[1], dtype):
+            products.forward(hidden, weight2, bias2, onto=piece)
+        else:
+            piece.add_(linear(hidden, weight2, bias2))
     return x
 
 

@@ -60,19 +60,29 @@ class Size(ctypes.Structure):
     _fields_ = [("m", ctypes.c_int64), ("n", ctypes.c_int64), ("k", ctypes.c_int64)]
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "none") -> Tensor:
-    """`act(F.linear(x, weight, bias))` in the precision of x, float32 or bfloat16; weight and bias may be float32."""
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "none", onto: Tensor | None = None
+) -> Tensor:
+    """`act(F.linear(x, weight, bias))` in the precision of x, float32 or bfloat16; weight and bias may be float32.
+
+    Args:
+        onto: contiguous rows of this or more precision, to which the result is added in place.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    if _serves(rows, weight, *weight.shape) and _large(rows, weight):
-        made = rows.new_empty(rows.shape[0], weight.shape[0])
-        _call(Factor.of(rows), Factor.of(weight), made, rows.shape[1], bias, act)
+    if _serves(rows, weight, *weight.shape) and (onto is not None or _large(rows, weight)):
+        made = rows.new_empty(rows.shape[0], weight.shape[0]) if onto is None else onto.view(-1, weight.shape[0])
+        _call(Factor.of(rows), Factor.of(weight), made, rows.shape[1], bias, act, add=onto is not None)
+        if onto is not None:
+            return onto
         # Not a view, which could not be changed in place behind a Function.
         return torch.ops.aten._unsafe_view(made, (*x.shape[:-1], weight.shape[0]))
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if onednn.multiplies(x.dtype):
-        return onednn.forward(x, weight, bias, act)
-    made = F.linear(x, weight, bias)
-    return made if act == "none" else F.relu_(made) if act == "relu" else F.gelu(made)
+        made = onednn.forward(x, weight, bias, act)
+    else:
+        made = F.linear(x, weight, bias)
+        made = made if act == "none" else F.relu_(made) if act == "relu" else F.gelu(made)
+    return made if onto is None else onto.add_(made)
 
 
 def grad_input(grad: Tensor, weight: Tensor) -> Tensor:

@@ -139,12 +139,12 @@ template <class K>
 void tile(const float* a, const float* b, int64_t words, int64_t part, const Result& c, int64_t n, int64_t row,
           int rows, int64_t column, int vectors, bool again) {
   using E = typename K::E;
-  const bool add = c.add || again;
+  const bool add = c.add || again, single = c.single || K::U == 1;
   auto place = [&](int r, int v) { return (row + r) * n + column + v * LANES; };
   if (add)
     for (int r = 0; r < rows; ++r)
       for (int v = 0; v < vectors; ++v)
-        _mm_prefetch(reinterpret_cast<const char*>(static_cast<float*>(c.at) + place(r, v)), _MM_HINT_T0);
+        _mm_prefetch(static_cast<const char*>(c.at) + place(r, v) * (single ? sizeof(float) : sizeof(E)), _MM_HINT_T0);
   V s[HIGH][VECTORS];
   multiply<K>(a, b, std::min(words, part), s);
   for (int64_t done = part; done < words; done += part) {
@@ -177,11 +177,12 @@ void tile(const float* a, const float* b, int64_t words, int64_t part, const Res
       for (int v = 0; v < VECTORS; ++v) s[r][v] = max(s[r][v], set(-5.2f)) * p[v];  // below, Φ is no longer exact, nor 0
     }
   auto give = [&](int r, int v) {
-    if (c.single || K::U == 1) {
+    if (single) {
       float* to = static_cast<float*>(c.at) + place(r, v);
       storeu(to, add ? loadu(to) + s[r][v] : s[r][v]);
     } else {
-      K::narrow(static_cast<E*>(c.at) + place(r, v), s[r][v]);
+      E* to = static_cast<E*>(c.at) + place(r, v);
+      K::narrow(to, add ? K::widen(to) + s[r][v] : s[r][v]);
     }
   };
   if (rows == HIGH && vectors == VECTORS) {
