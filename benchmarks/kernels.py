@@ -4,19 +4,16 @@
     uv run python benchmarks/kernels.py --threads 2 --rounds 5  # wall time, on an idle machine
 
 TNT's inner block: timm's, ours in PyTorch (the reference) and ours in one kernel, each in its own memory layout. The
-Linears of TNT-S's outer blocks at batch 8: torch's and ours. Attention of DeiT-S and TNT-S at batch 8 on queries, keys
-and values as they come out of one product: torch's and ours; bfloat16 is autocast on bfloat16 inputs. Weights and
-inputs are the same. *Δ* is the largest difference to the first row, of results and gradients, for each unit of the
-largest number: above 1e-5 in float32 (0.02 in bfloat16) the script stops. Whole nets: `nets.py`.
-
-Freed memory stays with the process. By default the C library gives some of it back, in one process and not in another,
-and its page faults then make timm's inner block, which has large tensors in between, up to twice as slow.
+Linears of TNT-S's outer blocks at batch 8, attention of TNT-S at batch 8 and of a tiny one at batch 128 on queries,
+keys and values as they come out of one product, and Next-ViT-S's 3×3 convolutions in groups at batch 16: torch's and
+ours; bfloat16 is autocast on bfloat16 inputs. Weights and inputs are the same. *Δ* is the largest difference to the
+first row, of results and gradients, for each unit of the largest number: above 1e-5 in float32 (0.02 in bfloat16) the
+script stops. Whole nets: `nets.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +30,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from blocks.attention import Attention
 from blocks.base import Features, Site, linear, to_map, tokens
-from blocks.kernels import inner
+from blocks.kernels import conv, inner
 from blocks.kernels.attention import attend
 from blocks.transformer import Encoder
 from framework.bench import equal, report
@@ -45,12 +42,12 @@ from framework.process import prepare
 INNER = [(1568, 16, 24, 4), (2048, 16, 12, 2), (2048, 4, 24, 4), (2048, 4, 12, 2), (392, 64, 24, 4)]
 # Rows, width and output width of TNT-S's outer Linears at batch 8.
 LINEAR = {"qkv": (1576, 384, 1152), "proj": (1576, 384, 384), "fc1": (1576, 384, 1536), "fc2": (1576, 1536, 384)}
-BATCH, TOKENS, HEADS, HEAD_DIM = 8, 197, 6, 64
+# Samples, tokens, heads and their width, of TNT-S and of a tiny TNT.
+ATTENTION = [(8, 197, 6, 64), (128, 17, 3, 64)]
+# Channels, groups and side of Next-ViT-S's maps.
+CONV = [(96, 3, 56), (192, 6, 28)]
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
-
-# Options of glibc's mallopt.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
@@ -135,25 +132,34 @@ def inner_block(dtype: str, sets: int, words: int, width: int, heads: int) -> Pi
     return Piece(f"{dtype}: {sets} × {words} words of {width}, {heads} heads", dtype, ways)
 
 
-def product(name: str, rows: int, width: int, out: int) -> Piece:
+def product(dtype: str, name: str, rows: int, width: int, out: int) -> Piece:
     theirs, ours = nn.Linear(width, out), linear(width, out)
     ours.load_state_dict(theirs.state_dict())
-    x, grad = torch.randn(rows, width), torch.randn(rows, out)
+    x, grad = torch.randn(rows, width, dtype=DTYPES[dtype]), torch.randn(rows, out, dtype=DTYPES[dtype])
     layers = {"torch": theirs, "ours": ours}
     ways = {who: Way(layer, x, grad, tuple(layer.parameters())) for who, layer in layers.items()}
-    return Piece(f"{name}: {rows} × {width} → {out}", "float32", ways)
+    return Piece(f"{dtype}: {name}, {rows} × {width} → {out}", dtype, ways)
 
 
-def attention(dtype: str) -> Piece:
-    qkv = torch.randn(BATCH, TOKENS, 3, HEADS, HEAD_DIM, dtype=DTYPES[dtype])
-    grad = torch.randn(BATCH, TOKENS, HEADS, HEAD_DIM, dtype=DTYPES[dtype]).transpose(1, 2)
+def attention(dtype: str, samples: int, tokens: int, heads: int, dim: int) -> Piece:
+    qkv = torch.randn(samples, tokens, 3, heads, dim, dtype=DTYPES[dtype])
+    grad = torch.randn(samples, tokens, heads, dim, dtype=DTYPES[dtype]).transpose(1, 2)
 
     def of(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda qkv: function(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
 
     functions: dict[str, Callable[..., Tensor]] = {"torch": F.scaled_dot_product_attention, "ours": attend}
     ways = {who: Way(of(function), qkv, grad) for who, function in functions.items()}
-    return Piece(f"{dtype}: {BATCH} × {HEADS} heads, {TOKENS} tokens of {HEAD_DIM}", dtype, ways)
+    return Piece(f"{dtype}: {samples} × {heads} heads, {tokens} tokens of {dim}", dtype, ways)
+
+
+def convolution(dtype: str, channels: int, groups: int, side: int) -> Piece:
+    layer = nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False)
+    x, grad = (torch.randn(16, side, side, channels, dtype=DTYPES[dtype]).permute(0, 3, 1, 2) for _ in range(2))
+
+    ours = partial(conv.convolved, layer)
+    ways = {"torch": Way(layer, x, grad, (layer.weight,)), "ours": Way(ours, x, grad, (layer.weight,))}
+    return Piece(f"{dtype}: {channels} channels in {groups} groups, {side} × {side}", dtype, ways)
 
 
 def timed(title: str, piece: Piece, backward: bool, count: int, rounds: int) -> Section:
@@ -178,14 +184,6 @@ def comparable(found: list[Tensor]) -> list[Tensor]:
     return [*values, torch.cat([value.flatten() for value in params])] if params else values
 
 
-def keep_memory() -> None:
-    """Has the C library keep what is freed, rather than give it back to the system and ask for it again."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        assert libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        assert libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -194,13 +192,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="how often each is timed (default: 10)")
     args = parser.parse_args()
     prepare()
-    keep_memory()
     torch.manual_seed(0)
     before, found = report.circumstances(), []
     pieces = {
         "inner block of TNT": [inner_block(dtype, *sizes) for dtype in DTYPES for sizes in INNER],
-        "Linear, float32": [product(name, *sizes) for name, sizes in LINEAR.items()],
-        "attention": [attention(dtype) for dtype in DTYPES],
+        "Linear": [product(dtype, name, *sizes) for dtype in DTYPES for name, sizes in LINEAR.items()],
+        "attention": [attention(dtype, *sizes) for dtype in DTYPES for sizes in ATTENTION],
+        "convolution in groups": [convolution(dtype, *sizes) for dtype in DTYPES for sizes in CONV],
     }
     with threads(args.threads):
         for name, sizes in pieces.items():

@@ -19,7 +19,7 @@ from blocks.kernels.linear import DTYPES, eager, precision, unhooked
 LANES = 32
 
 # On smaller maps the border weighs too much.
-SIDE = 12
+SIDE = 20
 
 
 class Shape(ctypes.Structure):
