@@ -16,6 +16,8 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from framework.tasks.base import Task
+
 NOTHING = nullcontext()
 TRAINING = ("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
             "on_before_optimizer_step", "on_train_batch_end")  # fmt: skip
@@ -70,7 +72,7 @@ def passed_over(trainer: lightning.Trainer, model: LightningModule, data: Lightn
         off = vars(callback).get("_every_n_train_steps") == 0 and vars(callback).get("_train_time_interval", 0) is None
         if off and inherits(callback, ModelCheckpoint, "on_train_batch_end"):
             take(callback, "on_train_batch_end")
-    if not trainer.gradient_clip_val and inherits(model, LightningModule, "configure_gradient_clipping"):
+    if not trainer.gradient_clip_val and inherits(model, Task, "configure_gradient_clipping"):
         take(model, "configure_gradient_clipping")
     # In each step Lightning asks what the model's step takes.
     if is_param_in_hook_signature(model.training_step, "batch_idx", min_args=2):

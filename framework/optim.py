@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from blocks.kernels.clip import clip
 from framework.errors import ConfigError
 
 
@@ -134,6 +135,12 @@ class AtOnce(torch.optim.AdamW):
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = None
+
+    def clip(self, limit: float) -> None:
+        """What torch's `clip_grad_norm_` does to all parameters."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not clip([p.grad for p in params if p.grad is not None], limit):
+            torch.nn.utils.clip_grad_norm_(params, limit)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         states = [self.state[p] for p in params]

@@ -96,6 +96,30 @@ def test_the_step_at_once_is_that_of_torch() -> None:
     step(2)
 
 
+@pytest.mark.parametrize("most", [1e-3, 3.0, 1e3])
+@pytest.mark.parametrize("factor", [1.0, float("nan"), float("inf")])
+def test_gradients_are_clipped_as_by_torch(most: float, factor: float) -> None:
+    """Of tensors of all sizes, a kernel in channels_last among them; and one that is in no piece is torch's."""
+
+    def net() -> torch.nn.Module:
+        random = torch.Generator().manual_seed(0)
+        made = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(300, 77), torch.nn.Linear(77, 3))
+        for p in made.to(memory_format=torch.channels_last).parameters():
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=random))
+        made[1].bias.grad[0] *= factor
+        made[2].bias.grad = None
+        return made
+
+    for pieces in (True, False):
+        ours, theirs = net(), net()
+        if not pieces:
+            ours[2].weight.grad = theirs[2].weight.grad.t().contiguous().t()
+        AdamW().build(ours).clip(most)
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), most)
+        for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert own.grad is other.grad is None or torch.allclose(own.grad, other.grad, 1e-5, 0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_parameters_have_torchs_own_step(dtype: torch.dtype) -> None:
     assert type(AdamW().build(torch.nn.Linear(2, 2, dtype=dtype))) is torch.optim.AdamW

@@ -122,12 +122,14 @@ def threads() -> ctypes.c_void_p:
     return ctypes.c_void_p()
 
 
-def call(name: str, dtype: torch.dtype, *args: Tensor | float | int | None) -> None:
-    """The kernel of that name for `dtype`, on tensors and numbers; float is double, int is int64 and bool is int."""
+def call(name: str, dtype: torch.dtype, *args: Tensor | ctypes.Array[Any] | float | int | None) -> None:
+    """The kernel of that name for `dtype`, on tensors, arrays and numbers; float is double, int is int64, bool is int."""
     given: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):
             given.append(ctypes.c_void_p(arg.data_ptr()))
+        elif isinstance(arg, ctypes.Array):
+            given.append(arg)
         elif isinstance(arg, bool):
             given.append(ctypes.c_int(arg))
         elif isinstance(arg, int):

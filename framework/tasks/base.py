@@ -10,8 +10,10 @@ from typing import Any, Self
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.optim import Optimizer
 
 from framework.backbones import Backbone
+from framework.optim import AtOnce
 
 
 class Task(LightningModule, ABC):
@@ -54,6 +56,17 @@ class Task(LightningModule, ABC):
         self._sharded = True
 
     _sharded = False  # Lightning calls configure_model for each of its stages
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if isinstance(optimizer, AtOnce) and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            optimizer.clip(gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes on the task which hook it is in, 40 times a step: a plain attribute, which torch need not look
