@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -159,6 +160,24 @@ def split_patches(images: Tensor, side: int) -> Tensor:
     return x.transpose(2, 3).reshape(-1, side, side, c).permute(0, 3, 1, 2)
 
 
+def convolved(patches: Tensor, conv: nn.Conv2d) -> Tensor:
+    """`conv(patches)` of patches that are no larger than its kernel: as one product, with a matrix made by the kernel.
+
+    What the kernel finds at each place of a patch depends on all its pixels, on each through one weight: the matrix is
+    what it finds in patches of one pixel. A larger patch would take more multiplications so.
+    """
+    if max(patches.shape[2:]) > min(conv.kernel_size) or patches.dtype not in DTYPES:
+        return conv(patches)
+    if type(conv) is not nn.Conv2d or not unhooked(conv) or not eager(patches, conv.weight, conv.bias):
+        return conv(patches)
+    assert conv.bias is not None
+    rows = patches.permute(0, 2, 3, 1).flatten(1)
+    single = torch.eye(rows.shape[1], dtype=rows.dtype).view(-1, *patches.shape[2:], patches.shape[1])
+    matrix = F.conv2d(single.permute(0, 3, 1, 2), conv.weight, None, conv.stride, conv.padding)
+    bias = conv.bias.repeat_interleave(matrix[0, 0].numel())
+    return torch.addmm(bias, rows, matrix.flatten(1)).view(-1, *matrix.shape[1:])
+
+
 class SentenceStem(Block):
     """Images to tokens ("sentences") and the words under each: TNT's embedding.
 
@@ -225,7 +244,7 @@ class SentenceStem(Block):
             assert self.out.words is not None
             map = split_patches(self.conv(images), self.out.words.grid[0])
         else:
-            map = self.conv(split_patches(images, self.patch))
+            map = convolved(split_patches(images, self.patch), self.conv)
         words = tokens(self.word_position(map)[0])
         words, x = joined(words, self.norm1_proj, self.proj)
         x = self.norm2_proj(x)

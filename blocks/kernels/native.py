@@ -123,7 +123,7 @@ def threads() -> ctypes.c_void_p:
 
 
 def call(name: str, dtype: torch.dtype, *args: Tensor | ctypes.Array[Any] | float | int | None) -> None:
-    """The kernel of that name for `dtype`, on tensors, arrays and numbers; float is double, int is int64, bool is int."""
+    """The kernel of that name for `dtype`, on tensors, arrays and numbers: double, int64, and int for bool."""
     given: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):
