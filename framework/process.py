@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import gc
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Of glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
@@ -45,3 +50,21 @@ def keep_freed() -> None:
             if tune(MMAP_THRESHOLD, most):
                 break
         tune(TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """For the import of torch and what comes with it: stays, so Python does not look for garbage in it, now or later.
+
+    It would again and again, for a third of the time. Processes forked from this one also share more memory.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        atexit.register(gc.unfreeze)  # or libraries say what they leave behind

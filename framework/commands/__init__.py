@@ -14,19 +14,22 @@ def document(args: Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: there is no config, or a mistake in it.
     """
-    from framework.config import compose, parse_value
     from framework.errors import ConfigError
+    from framework.process import imports
 
     checkpoint: str = getattr(args, "ckpt_path", None) or ""
     if not args.config and not checkpoint:
         instead = ", or a checkpoint with --ckpt_path" if hasattr(args, "ckpt_path") else ""
         raise ConfigError(f"name a config, for example --config experiments/base/tnt_digits.yaml{instead}")
-    settings = {path: parse_value(text, f"--{path}") for path, text in args.settings.items()}
-    weights = settings.get("weights")
-    if isinstance(weights, str) and weights and not weights.startswith("timm:"):
-        settings["weights"] = str(Path(weights).resolve())
-    kept = None if args.config else (checkpoint, kept_document(checkpoint, args.plugins))
-    return compose(args.config or [], settings, args.plugins, kept)
+    with imports():
+        from framework.config import compose, parse_value
+
+        settings = {path: parse_value(text, f"--{path}") for path, text in args.settings.items()}
+        weights = settings.get("weights")
+        if isinstance(weights, str) and weights and not weights.startswith("timm:"):
+            settings["weights"] = str(Path(weights).resolve())
+        kept = None if args.config else (checkpoint, kept_document(checkpoint, args.plugins))
+        return compose(args.config or [], settings, args.plugins, kept)
 
 
 def kept_document(checkpoint: str, plugins: list[str]) -> dict[str, Any]:

@@ -28,9 +28,8 @@ from framework.ablation.launch.work import (
 )
 from framework.errors import ConfigError
 
-# What every run needs and takes seconds to import: the fork server does it once for all. This program comes first, as
-# it makes the others import faster; scikit-learn comes last, as only the digits need it.
-PRELOAD = ["framework.run", "torch.utils.tensorboard", "torch._dynamo", "sklearn.datasets", "sklearn.model_selection"]
+# What the fork server imports.
+PRELOAD = ["framework.ablation.launch.preload"]
 
 # Seconds that a run has to write its checkpoint once it is told to stop.
 GRACE = 30.0
