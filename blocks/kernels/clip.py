@@ -17,7 +17,7 @@ def clip(grads: list[Tensor], limit: float) -> bool:
         return False
     places = (ctypes.c_void_p * len(grads))(*[grad.data_ptr() for grad in grads])
     sizes = (ctypes.c_int64 * len(grads))(*[grad.numel() for grad in grads])
-    native.call("clip", torch.float32, places, sizes, len(grads), limit)
+    native.call("clip", torch.float32, places, sizes, len(grads), float(limit))
     return True
 
 

@@ -47,8 +47,9 @@ def serves(block: nn.Module, words: Tensor) -> bool:
         words.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(device)
     ):
         return False
+    place = words.device
     for p in parameters(block):
-        if p is not None and (p.dtype != torch.float32 or p.device != words.device or type(p) not in PLAIN):
+        if p is not None and (p.dtype is not torch.float32 or p.device != place or type(p) not in PLAIN):
             return False
     if device == "cuda":
         mixer = block.mixer
@@ -83,10 +84,8 @@ def standard(block: Encoder) -> bool:
 def parameters(block: Any) -> tuple[Tensor | None, ...]:
     """A block's parameters in the order of the kernels."""
     mixer, mlp = block.mixer, block.mlp
-    return (
-        block.norm1.weight, block.norm1.bias, mixer.qkv.weight, mixer.qkv.bias, mixer.proj.weight, mixer.proj.bias,
-        block.norm2.weight, block.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
-    )  # fmt: skip
+    parts = (block.norm1, mixer.qkv, mixer.proj, block.norm2, mlp.fc1, mlp.fc2)
+    return tuple(p for part in parts for p in (part.weight, part.bias))
 
 
 def run(block: Any, words: Tensor) -> Tensor:
@@ -164,13 +163,15 @@ class Shape(ctypes.Structure):
     ]  # fmt: skip
 
 
+POINTERS = ctypes.c_void_p * 12  # to all parameters
+
+
 def named(function: str, precision: str) -> str:
     """The form of a function of `inner.cpp` that multiplies in this precision."""
     return f"{function}_bf16" if precision == "bf16" else function
 
 
 def call(
-    library: ctypes.CDLL,
     name: str,
     x: Tensor,
     params: list[Tensor | None],
@@ -187,12 +188,12 @@ def call(
 
     def address(value: Tensor | list[Tensor | None] | None) -> Any:
         if isinstance(value, list):
-            return (ctypes.c_void_p * len(value))(*(None if p is None else p.data_ptr() for p in value))
-        return None if value is None else ctypes.c_void_p(value.data_ptr())
+            return POINTERS(*[None if p is None else p.data_ptr() for p in value])
+        return None if value is None else value.data_ptr()
 
     assert x.is_contiguous()
-    values = [params, x, *factors, *rest]
-    if getattr(library, name)(ctypes.byref(shape), *(address(value) for value in values), native.threads()):
+    given = [address(value) for value in (params, x, *factors, *rest)]
+    if native.taking(name, len(given) + 2)(ctypes.byref(shape), *given, native.threads()):
         raise MemoryError(f"no memory for {name}")
 
 
@@ -207,11 +208,9 @@ def _inner(
     s1: Tensor | None, s2: Tensor | None, heads: int, eps1: float, eps2: float, precision: str,
 ) -> Tensor:  # fmt: skip
     """The block on float32 words `(sets, c, m)`; `s1`, `s2` `(sets,)` scale its two branches."""
-    library = native.library()
-    assert library is not None
     params = [norm1_w, norm1_b, qkv_w, qkv_b, proj_w, proj_b, norm2_w, norm2_b, fc1_w, fc1_b, fc2_w, fc2_b]
     y = torch.empty_like(x)
-    call(library, named("inner_forward", precision), x, params, [s1, s2], (heads, eps1, eps2), y)
+    call(named("inner_forward", precision), x, params, [s1, s2], (heads, eps1, eps2), y)
     return y
 
 
@@ -237,13 +236,11 @@ def _inner_backward(
     s1: Tensor | None, s2: Tensor | None, heads: int, eps1: float, eps2: float, precision: str,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of x and of the parameters that are there, in the order of `inner`."""
-    library = native.library()
-    assert library is not None
     params = [norm1_w, norm1_b, qkv_w, qkv_b, proj_w, proj_b, norm2_w, norm2_b, fc1_w, fc1_b, fc2_w, fc2_b]
     dx = torch.empty_like(x)
     grads = [None if p is None else torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
     name = named("inner_backward", precision)
-    call(library, name, x, params, [s1, s2], (heads, eps1, eps2), dy.contiguous(), dx, grads)
+    call(name, x, params, [s1, s2], (heads, eps1, eps2), dy.contiguous(), dx, grads)
     return [dx, *(grad for grad in grads if grad is not None)]
 
 

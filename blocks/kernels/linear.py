@@ -48,18 +48,22 @@ def eager(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return (
-        all(t is None or (type(t) in PLAIN and t.is_cpu) for t in tensors)
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
-        and not torch.jit.is_tracing()
+    for t in tensors:  # asked for each operation of a net: no generator
+        if t is not None and not (type(t) in PLAIN and t.is_cpu):
+            return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+        or torch._C._is_tracing()
     )
 
 
 def unhooked(*modules: nn.Module) -> bool:
     """Whether nobody has asked to see what goes into these modules or comes out of them."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return not any(getattr(module, kind) for module in modules for kind in kinds)
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return False
+    return True
 
 
 def recomputable(make: Callable[..., Tensor], *parts: Tensor) -> Tensor:

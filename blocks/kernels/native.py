@@ -122,6 +122,14 @@ def threads() -> ctypes.c_void_p:
     return ctypes.c_void_p()
 
 
+@cache
+def taking(name: str, count: int) -> Any:
+    """The kernel of that name, which takes so many pointers and nothing else: without types each needs a wrapper."""
+    kernel = getattr(library(), name)
+    kernel.argtypes = [ctypes.c_void_p] * count
+    return kernel
+
+
 def call(name: str, dtype: torch.dtype, *args: Tensor | ctypes.Array[Any] | float | int | None) -> None:
     """The kernel of that name for `dtype`, on tensors, arrays and numbers: double, int64, and int for bool."""
     given: list[Any] = []

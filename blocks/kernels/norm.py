@@ -79,12 +79,11 @@ class Places(ctypes.Structure):
 def call(function: str, dtype: torch.dtype, shape: Shape, *places: Tensor | ctypes.Structure | None) -> None:
     def address(place: Tensor | ctypes.Structure | None) -> Any:
         if isinstance(place, Tensor):
-            return ctypes.c_void_p(place.data_ptr())
+            return place.data_ptr()
         return None if place is None else ctypes.byref(place)
 
-    getattr(native.library(), name(function, dtype))(
-        ctypes.byref(shape), *(address(place) for place in places), native.threads()
-    )
+    given = [address(place) for place in places]
+    native.taking(name(function, dtype), len(given) + 2)(ctypes.byref(shape), *given, native.threads())
 
 
 def add_norm(
