@@ -8,7 +8,10 @@ words stands between two norms (equation 8 has none). This is the code's form.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -161,10 +164,10 @@ def split_patches(images: Tensor, side: int) -> Tensor:
 
 
 def convolved(patches: Tensor, conv: nn.Conv2d) -> Tensor:
-    """`conv(patches)` of patches that are no larger than its kernel: as one product, with a matrix made by the kernel.
+    """`conv(patches)` of patches that are no larger than its kernel: as one product, with a matrix of its weights.
 
-    What the kernel finds at each place of a patch depends on all its pixels, on each through one weight: the matrix is
-    what it finds in patches of one pixel. A larger patch would take more multiplications so.
+    What it finds at each place of a patch depends on all pixels, on each through one weight or none. A larger patch
+    would take more multiplications so.
     """
     if max(patches.shape[2:]) > min(conv.kernel_size) or patches.dtype not in DTYPES:
         return conv(patches)
@@ -172,10 +175,20 @@ def convolved(patches: Tensor, conv: nn.Conv2d) -> Tensor:
         return conv(patches)
     assert conv.bias is not None
     rows = patches.permute(0, 2, 3, 1).flatten(1)
-    single = torch.eye(rows.shape[1], dtype=rows.dtype).view(-1, *patches.shape[2:], patches.shape[1])
-    matrix = F.conv2d(single.permute(0, 3, 1, 2), conv.weight, None, conv.stride, conv.padding)
-    bias = conv.bias.repeat_interleave(matrix[0, 0].numel())
-    return torch.addmm(bias, rows, matrix.flatten(1)).view(-1, *matrix.shape[1:])
+    numbers = numbered(patches.shape[1:], conv.weight.shape, conv.stride, conv.padding)
+    matrix = F.pad(conv.weight.flatten(), (1, 0)).index_select(0, numbers.flatten()).view(rows.shape[1], -1)
+    bias = conv.bias.repeat_interleave(numbers[0, 0].numel())
+    return torch.addmm(bias, rows, matrix).view(-1, *numbers.shape[1:])
+
+
+@cache
+def numbered(patch: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """For each pixel and channel of a patch the weight that leads from it to each result, from 1 on; 0 for none."""
+    channels, height, width = patch
+    with torch.inference_mode(False):  # gradients may need it later
+        weights = torch.arange(1, prod(kernel) + 1, dtype=torch.float64, device="cpu").view(*kernel)
+        single = torch.eye(prod(patch), dtype=torch.float64, device="cpu").view(-1, height, width, channels)
+        return F.conv2d(single.permute(0, 3, 1, 2), weights, None, stride, padding).long()
 
 
 class SentenceStem(Block):

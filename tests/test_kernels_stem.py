@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from blocks.tnt import convolved
+from blocks.tnt import convolved, numbered
 from tests.kernels import error
 
 
@@ -38,3 +38,14 @@ def test_hooks_see_the_convolution() -> None:
     conv.register_forward_hook(lambda *args: seen.append(args))
     convolved(torch.randn(4, 1, 2, 2), conv)
     assert len(seen) == 1
+
+
+def test_what_is_kept_under_inference_serves_gradients() -> None:
+    numbered.cache_clear()
+    conv, patches = nn.Conv2d(1, 12, 7, 1, 3), torch.randn(4, 1, 2, 2)
+    with torch.inference_mode():
+        first = convolved(patches, conv)
+    second = convolved(patches, conv)
+    second.sum().backward()
+    assert torch.equal(first, second)
+    assert conv.weight.grad is not None
