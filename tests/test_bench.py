@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,14 @@ def test_saved_bytes_are_exact() -> None:
     both = memory.saved_bytes(lambda: (layer(wide[:, :4]) + layer(wide[:, 4:8])).sum(), layer)
     assert both == 4 * 2 * 16
     assert memory.saved_bytes(torch.no_grad()(lambda: layer(images).relu().sum()), layer) == 0
+
+
+def test_what_saves_its_result_is_let_go_of_when_its_saved_bytes_are_counted() -> None:
+    weight = torch.randn(8, requires_grad=True)
+    alive = weakref.ref(weight)
+    assert memory.saved_bytes((weight * 2).exp, nn.Identity()) > 0
+    del weight
+    assert alive() is None
 
 
 @pytest.mark.skipif(not memory.CLEAR.exists(), reason="the system does not tell")

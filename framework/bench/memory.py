@@ -28,7 +28,7 @@ def saved_bytes(forward: Act, net: nn.Module) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             held[storage.data_ptr()] = storage
-        return tensor
+        return tensor.detach()  # the tensor itself would hold the graph that holds it, and both would stay for good
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
