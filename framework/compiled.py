@@ -26,15 +26,22 @@ def regions(net: nn.Module) -> list[nn.Module]:
     return inner or [net]
 
 
-def compile_regions(net: nn.Module) -> None:
-    """Compiles each region of a net at its first call."""
+def compile_regions(net: nn.Module, freezing: bool = False) -> None:
+    """Compiles each region of a net at its first call.
+
+    Args:
+        net: whose regions.
+        freezing: with its weights as constants, for inference; the first call needs inductor's setting of that name.
+    """
     import torch._dynamo.config
 
     # One piece of code serves all blocks, and is compiled again for each rate of stochastic depth.
     torch._dynamo.config.recompile_limit = 1024
     torch._dynamo.config.accumulated_recompile_limit = 4096
+    # The option tells frozen code from other code, which would serve as well as far as torch can see.
+    options = {"freezing": True} if freezing else None
     for region in regions(net):
-        region.compile(backend=BACKEND)
+        region.compile(backend=BACKEND, options=options)
 
 
 def need_compiler(device: torch.device, where: str) -> None:

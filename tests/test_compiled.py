@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from framework import compiled
 from framework import run as runs
+from framework.bench import nets
+from framework.bench.nets import Form, Setting
 from framework.checkpoints import read_checkpoint
 from framework.cli import main
 from framework.compiled import regions
 from framework.config import dump, load_yaml
 from framework.construct import build_model
+from framework.data.base import Image
 from framework.tasks import Classification
 
 EMA = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
@@ -28,7 +31,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """What has been compiled; it runs as it was."""
     found: list[Any] = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor], **_: Any) -> Callable[..., Any]:
         found.append(graph)
         return graph.forward
 
@@ -85,13 +88,31 @@ def test_without_a_compiler_one_line_says_so(
 ) -> None:
     import torch._inductor.config as config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch._dynamo.reset()
     (tmp_path / "tiny.yaml").write_text(dump({**tiny(model__compile=True), "name": "t"}))
-    assert main(["fit", "--config", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs")]) == 2
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert main(["fit", "--config", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs")]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith("error: model.compile: torch can compile nothing for cpu here: ")
     assert "no-such-compiler" in said[-1]
     assert not any("Traceback" in line for line in said)
     assert not list((tmp_path / "runs/t").iterdir())
+
+
+# ---- frozen, as rivals in benchmarks are
+
+FROZEN = Form(compile=True, freezing=True)
+CPU, IMAGE = Setting("inference", "float32", 2, 1, "cpu"), Image(4, 1)
+
+
+def linear(form: Form) -> nn.Module:
+    torch.manual_seed(0)
+    return nets.formed(nn.Sequential(nn.Flatten(), nn.Linear(16, 8)), form, CPU)
+
+
+def test_frozen_code_has_weights_as_constants_though_other_code_would_serve(graphs: list[Any]) -> None:
+    logits = [nets.step(linear(form), form, CPU, IMAGE)() for form in (Form(compile=True), FROZEN)]
+    assert torch.equal(*logits)
+    inputs = [[node.name for node in graph.graph.nodes if node.op == "placeholder"] for graph in graphs]
+    assert list(map(len, inputs)) == [3, 1]

@@ -190,7 +190,7 @@ def formed(net: nn.Module, form: Form, setting: Setting) -> nn.Module:
     if form.low:
         net = net.to(torch.bfloat16)
     if form.compile:
-        compile_regions(net)
+        compile_regions(net, form.freezing)
     return net
 
 
