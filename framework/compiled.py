@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,9 @@ from framework.backbones import Backbone
 from framework.errors import ConfigError, reason
 
 BACKEND = "inductor"
+
+# Modules that inductor has written, each with its constants.
+CODE = "torch._inductor.runtime.compile_tasks."
 
 # A region is a module with such a path that has none below it: a block of most of timm's nets.
 REGION = re.compile(r"(?:.*\.)?(?:blocks|stages|layers|features|layer\d+)\.\d+")
@@ -42,6 +47,17 @@ def compile_regions(net: nn.Module, freezing: bool = False) -> None:
     options = {"freezing": True} if freezing else None
     for region in regions(net):
         region.compile(backend=BACKEND, options=options)
+
+
+def forget() -> None:
+    """Lets go of all that torch has compiled in this process, and of the weights that frozen code holds."""
+    if "torch._dynamo" in sys.modules:  # which takes seconds to import
+        torch._dynamo.reset()
+    if "torch._inductor.codecache" in sys.modules:
+        sys.modules["torch._inductor.codecache"].PyCodeCache.cache_clear()
+        for name in [name for name in sys.modules if name.startswith(CODE)]:
+            del sys.modules[name]
+    gc.collect()
 
 
 def need_compiler(device: torch.device, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from blocks.kernels import native
 from framework import compiled
 from framework import run as runs
 from framework.bench import nets
@@ -116,3 +118,13 @@ def test_frozen_code_has_weights_as_constants_though_other_code_would_serve(grap
     assert torch.equal(*logits)
     inputs = [[node.name for node in graph.graph.nodes if node.op == "placeholder"] for graph in graphs]
     assert list(map(len, inputs)) == [3, 1]
+
+
+@pytest.mark.skipif(native.library() is None, reason="no compiler, or a processor without a kernel")
+def test_what_was_compiled_is_let_go_of_with_the_weights_of_frozen_code() -> None:
+    net = linear(FROZEN)
+    weight = weakref.ref(net[1].weight)  # type: ignore[index]
+    nets.step(net, FROZEN, CPU, IMAGE)()
+    del net
+    compiled.forget()
+    assert weight() is None

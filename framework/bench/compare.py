@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from framework.bench import equal
 from framework.bench.harness import Candidate, Section, Timing, race, threads
 from framework.bench.memory import peak, saved_bytes
 from framework.bench.nets import Entrant, Form, Setting, Timm, formed, images_for, inputs, loss, step
+from framework.compiled import forget
 from framework.data.base import Image
 
 # Acts at batch 1 for each round, whose quantiles are the latency.
@@ -123,10 +123,9 @@ def compare(
     Raises:
         Unequal: nets with the same weights give different logits.
     """
-    gc.collect()  # what earlier settings have left
+    forget()  # what was compiled for another batch or number of threads
     torch.backends.cudnn.benchmark = True
     with threads(setting.threads):
-        torch._dynamo.reset()  # what was compiled for another batch or number of threads
         name, first = next(iter(made.nets.items()))
         few = replace(setting, dtype="float32", batch=setting.batch if setting.mode == "inference" else 2)
         with exact():
@@ -187,8 +186,8 @@ def weight(entry: Entry, made: Made, setting: Setting) -> dict[str, float]:
 def latency(entries: Sequence[Entry], made: Made, setting: Setting, rounds: int) -> list[Timing]:
     """Every single inference of one image timed, so that quantiles over them are the latency."""
     alone = replace(setting, mode="inference", batch=1)
+    forget()
     with threads(setting.threads):
-        torch._dynamo.reset()
         candidates = []
         for entry in entries:
             say(f"{entry.name}: latency")
