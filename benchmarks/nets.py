@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from framework.cli import add_bench
+from framework.cli import Parser, add_bench, told
 from framework.errors import ConfigError, suggest
 from framework.process import prepare
 
@@ -58,21 +59,15 @@ NETS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--nets", default=",".join(NETS), metavar="NAME,…", help="(default: %(default)s)")
     add_bench(parser)
-    args = parser.parse_args()
-    prepare()
-    try:
-        run(args)
-    except ConfigError as error:
-        parser.error(str(error))
-    return 0
+    return told(lambda: run(parser.parse_args()))
 
 
 def run(args: argparse.Namespace) -> None:
+    prepare()
     from framework.bench import report
-    from framework.bench.compare import compare, make
     from framework.bench.equal import Unequal
     from framework.commands.bench import settings
 
@@ -81,22 +76,43 @@ def run(args: argparse.Namespace) -> None:
         if name not in NETS:
             raise ConfigError(f"--nets: no net {name!r} ({suggest(name, NETS)})")
     before, at, found, refused = report.circumstances(), settings(args), [], []
-    for name in names:
-        timm, ours = entrants(name)
-        try:
-            made = make([timm, ours], strict=True)
-            for _, group in groupby(at, key=lambda setting: replace(setting, batch=0)):
-                sections = [
-                    compare(entries(timm, ours, setting, args.compile), made, setting, args.rounds, name)
-                    for setting in group
-                ]
-                report.show(sections)
-                found += sections
-        except Unequal as error:
-            print(f"{name}: {error}\n")
-            refused.append(str(error))
-    results = {"sections": report.sections(found), "refused": refused}
-    print(report.write(report.where("nets"), "nets", results, vars(args), **before))
+    path = None
+
+    def save() -> None:  # after each section, so that a run that is stopped keeps what it has
+        nonlocal path
+        path = path or report.where("nets")
+        results = {"sections": report.sections(found), "refused": refused}
+        report.write(path, "nets", results, vars(args), **before)
+
+    try:
+        for number, name in enumerate(names):
+            places = (f"{place} of {len(names) * len(at)}" for place in count(number * len(at) + 1))
+            try:
+                for section in measure(name, at, args, places):
+                    found.append(section)
+                    save()
+            except Unequal as error:
+                print(f"{name}: {error}\n", flush=True)
+                refused.append(str(error))
+                save()
+    finally:
+        if path:
+            print(path)
+
+
+def measure(name: str, at: list[Any], args: argparse.Namespace, places: Iterator[str]) -> Iterator[Any]:
+    """The sections of one net, one by one; those that differ in their batch alone are shown as one table."""
+    from framework.bench.compare import compare, make
+    from framework.bench.report import one_table
+
+    timm, ours = entrants(name)
+    made = make([timm, ours], strict=True)
+    for _, group in groupby(at, key=lambda setting: replace(setting, batch=0)):
+        with one_table() as parts:
+            for setting in group:
+                rivals = entries(timm, ours, setting, args.compile)
+                parts.append(compare(rivals, made, setting, args.rounds, name, place=next(places)))
+                yield parts[-1]
 
 
 def entrants(name: str) -> tuple[Any, Any]:

@@ -6,6 +6,8 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 from framework.errors import ConfigError, nearest, suggest
@@ -191,20 +193,30 @@ def split_overrides(rest: list[str], options: list[str]) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> int:
-    """Runs one command. Gives the exit code: 0, 2 for a mistake that a user can mend, 130 for Ctrl-C."""
+    """Runs one command. Gives the exit code."""
+    return told(partial(command, argv))
+
+
+def command(argv: list[str]) -> int | None:
+    """Runs one command, or prints the help where none is named."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if args.command is None:
+        top.print_help()
+        return 0
+    if hasattr(args, "config"):
+        chosen = top._subparsers._group_actions[0].choices[args.command]  # type: ignore[union-attr, index]
+        args.settings = split_overrides(rest, list(chosen._option_string_actions))
+    elif rest:
+        raise ConfigError(f"unexpected {rest[0]!r}; see python cli.py {args.command} --help")
+    prepare()
+    return importlib.import_module(f"framework.commands.{args.module}").run(args)
+
+
+def told(act: Callable[[], int | None]) -> int:
+    """Does what gives an exit code. Ctrl-C (130) and a mistake that a user can mend (2) are told of in one line."""
     try:
-        top = parser()
-        args, rest = top.parse_known_args(argv)
-        if args.command is None:
-            top.print_help()
-            return 0
-        if hasattr(args, "config"):
-            command = top._subparsers._group_actions[0].choices[args.command]  # type: ignore[union-attr, index]
-            args.settings = split_overrides(rest, list(command._option_string_actions))
-        elif rest:
-            raise ConfigError(f"unexpected {rest[0]!r}; see python cli.py {args.command} --help")
-        prepare()
-        return importlib.import_module(f"framework.commands.{args.module}").run(args) or 0
+        return act() or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import signal
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from framework.bench.nets import Form, Ours, Setting, Timm
 from framework.cli import main, parser
 from framework.config import dump
 from framework.data.base import Image
+from framework.errors import ConfigError
 from tests.conftest import EXPERIMENTS
 
 Tiny = Callable[..., dict[str, Any]]
@@ -184,6 +187,18 @@ def test_the_peak_is_over_what_was_there_and_sees_what_is_freed() -> None:
     assert len(kept) == size
 
 
+class Killed(Ours):
+    def make(self) -> nn.Module:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason="the system does not tell")
+def test_a_process_that_is_killed_while_it_is_weighed_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="big: what measures its memory was killed; give a smaller batch"):
+        memory.peak(Killed("big", {}, Image(4, 1), 0, 0), Form(), CPU)
+
+
 # ---- equal nets
 
 
@@ -335,6 +350,31 @@ def test_mistakes_are_one_line(
     assert len(lines) == 1
     for part in parts:
         assert part in lines[0]
+
+
+def test_what_is_stopped_keeps_what_it_has(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = compare.compare
+
+    def stopped(entries: Any, made: Any, setting: Setting, *args: Any, **more: Any) -> Section:
+        if setting.batch == 2:
+            raise KeyboardInterrupt
+        return real(entries, made, setting, *args, **more, weigh=False)
+
+    monkeypatch.setattr(compare, "compare", stopped)
+    target = tmp_path / "found.json"
+    words = ["--rounds=1", "--threads=1", "--batch=1,2", "--device=cpu", "--mode=training"]
+    assert bench("--config", config, *words, "--json", target) == 130
+    said = capsys.readouterr()
+    assert "training, float32, 1 thread" in said.out
+    assert said.err.splitlines() == ["1 of 2: training, float32, 1 thread, batch 1", "interrupted"]
+    assert [part["batch"] for part in json.loads(target.read_text())["results"]] == [1]
+
+
+def test_a_batch_that_does_not_fit_is_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--config", config, "--batch", 10**12, "--threads=1", "--device=cpu") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: --batch {10**12}: out of memory; give a smaller batch"
 
 
 def test_no_gpu_is_one_line(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +18,7 @@ from framework.bench.memory import peak, saved_bytes
 from framework.bench.nets import Entrant, Form, Setting, Timm, formed, images_for, inputs, loss, step
 from framework.compiled import forget
 from framework.data.base import Image
+from framework.errors import ConfigError
 
 # Acts at batch 1 for each round, whose quantiles are the latency.
 LATENCY = 5
@@ -108,7 +110,13 @@ def logits_of(net: nn.Module, image: Image, form: Form, setting: Setting) -> Ten
 
 
 def compare(
-    entries: Sequence[Entry], made: Made, setting: Setting, rounds: int, title: str = "", weigh: bool = True
+    entries: Sequence[Entry],
+    made: Made,
+    setting: Setting,
+    rounds: int,
+    title: str = "",
+    weigh: bool = True,
+    place: str = "",
 ) -> Section:
     """Races entries in one setting.
 
@@ -119,33 +127,35 @@ def compare(
         rounds: of the race.
         title: of the table, before the setting.
         weigh: whether to measure memory too.
+        place: which table of how many it is, to be told.
 
     Raises:
         Unequal: nets with the same weights give different logits.
+        ConfigError: there is too little memory.
     """
     forget()  # what was compiled for another batch or number of threads
     torch.backends.cudnn.benchmark = True
-    with threads(setting.threads):
+    heading, part = ": ".join(filter(None, (title, setting.title))), f"batch {setting.batch}"
+    what = ": ".join(filter(None, (place, f"{heading}, {part}")))
+    with threads(setting.threads), telling(what) as say, enough_memory(setting):
         name, first = next(iter(made.nets.items()))
         few = replace(setting, dtype="float32", batch=setting.batch if setting.mode == "inference" else 2)
         with exact():
             reference = logits_of(first, entries[0].entrant.image, Form(), few)
         candidates = []
         for entry in entries:
-            say(f"{entry.name}: {setting.title}, batch {setting.batch}")
+            say(entry.name)
             candidates.append(_candidate(entry, made, (name, reference), setting))
         for entry, candidate in zip(entries, candidates, strict=True):
             if weigh:
                 say(f"{entry.name}: memory")
                 candidate.extra.update(weight(entry, made, setting))
-        say(f"{title} {setting.title}, batch {setting.batch}: {rounds} rounds")
+        say(f"{rounds} rounds")
         timings = race(candidates, setting.stopwatch, rounds)
-        say("")
     for timing, entry in zip(timings, entries, strict=True):
         macs = entry.entrant.cost()[1] * (3 if setting.mode == "training" else 1)  # its backward takes two forwards
         timing.extra = {"GMAC/s": timing.images_per_s * macs / 1e9, **timing.extra}
-    heading = ": ".join(filter(None, (title, setting.title)))
-    return Section(heading, setting.clock, timings, list(made.notes), asdict(setting), f"batch {setting.batch}")
+    return Section(heading, setting.clock, timings, list(made.notes), asdict(setting), part)
 
 
 def _candidate(entry: Entry, made: Made, truth: tuple[str, Tensor], setting: Setting) -> Candidate:
@@ -185,21 +195,49 @@ def weight(entry: Entry, made: Made, setting: Setting) -> dict[str, float]:
 
 def latency(entries: Sequence[Entry], made: Made, setting: Setting, rounds: int) -> list[Timing]:
     """Every single inference of one image timed, so that quantiles over them are the latency."""
-    alone = replace(setting, mode="inference", batch=1)
     forget()
-    with threads(setting.threads):
+    alone = replace(setting, mode="inference", batch=1)
+    with threads(setting.threads), telling(f"latency: {alone.title}") as say:
         candidates = []
         for entry in entries:
-            say(f"{entry.name}: latency")
+            say(entry.name)
             net = formed(deepcopy(made.nets[entry.entrant.name]), entry.form, alone)
             candidates.append(Candidate(entry.name, step(net, entry.form, alone, entry.entrant.image), 1))
-        timings = race(candidates, alone.stopwatch, LATENCY * rounds, least=0)
-        say("")
-        return timings
+        count = LATENCY * rounds
+        say(f"{count} rounds")
+        return race(candidates, alone.stopwatch, count, least=0)
 
 
-def say(text: str) -> None:
-    """What is being done, on one line of a terminal that the next one replaces; nothing elsewhere."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\033[K{text[:100]}" if text else "\r\033[K")
-        sys.stderr.flush()
+@contextmanager
+def enough_memory(setting: Setting) -> Iterator[None]:
+    """Where memory does not suffice, what to change is said in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate" not in str(error):
+            raise
+        raise ConfigError(f"--batch {setting.batch}: out of memory; give a smaller batch") from error
+
+
+@contextmanager
+def telling(what: str) -> Iterator[Callable[[str], None]]:
+    """Gives what tells of each part of `what`: in a terminal on one line that is replaced, elsewhere not at all.
+
+    There `what` is told of once, on a line of its own.
+    """
+    lively = sys.stderr.isatty()
+
+    def say(part: str) -> None:
+        if lively:
+            width = shutil.get_terminal_size().columns - 1
+            sys.stderr.write(f"\r\033[K{f'{part} ({what})'[:width]}")
+            sys.stderr.flush()
+
+    if not lively:
+        print(what, file=sys.stderr, flush=True)
+    try:
+        yield say
+    finally:
+        if lively:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import signal
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from framework.bench.harness import Act
 from framework.bench.nets import Entrant, Form, Setting, formed, step
+from framework.errors import ConfigError
 from framework.process import keep_freed
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -67,13 +70,21 @@ def resident(name: str) -> int:
 
 
 def peak(entrant: Entrant, form: Form, setting: Setting) -> int | None:
-    """Bytes that one step takes at its peak, over weights and the optimizer's state: in a fresh process on the CPU."""
+    """Bytes that one step takes at its peak, over weights and the optimizer's state: in a fresh process on the CPU.
+
+    Raises:
+        ConfigError: the process was killed, as the system does where memory runs out.
+    """
     if setting.device == "cuda":
         return _peak(entrant, form, setting)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["framework.bench.memory", "timm"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak, entrant, form, setting).result()
+    # At Ctrl-C it ends without a word.
+    with ProcessPoolExecutor(1, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+        try:
+            return pool.submit(_peak, entrant, form, setting).result()
+        except BrokenProcessPool as error:
+            raise ConfigError(f"{entrant.name}: what measures its memory was killed; give a smaller batch") from error
 
 
 def _peak(entrant: Entrant, form: Form, setting: Setting) -> int | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import count
@@ -78,6 +79,17 @@ def show(parts: Sequence[Section]) -> None:
     for note in dict.fromkeys(note for part in parts for note in part.notes):
         out.print(f"  {note}", markup=False, highlight=False)
     out.print()
+
+
+@contextmanager
+def one_table() -> Iterator[list[Section]]:
+    """A list for sections with one title, which are shown at the end: what is there, also where the last one fails."""
+    parts: list[Section] = []
+    try:
+        yield parts
+    finally:
+        if parts:
+            show(parts)
 
 
 def as_data(section: Section) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ MODES = ("inference", "training")
 
 def run(args: Namespace) -> int:
     document = composed(args)
-    for section in ("ablation", "launcher", "weights"):  # of a net, not of its files
-        document.pop(section, None)
+    for name in ("ablation", "launcher", "weights"):  # of a net, not of its files
+        document.pop(name, None)
     target = Path(args.json) if args.json else None
     if target and not target.parent.is_dir():
         raise ConfigError(f"--json: no such folder: {target.parent}")
@@ -36,16 +36,13 @@ def run(args: Namespace) -> int:
     before = report.circumstances()
     entrants = entrants_of(document, args.against)
     show_costs(entrants)
-    try:
-        found = measure(entrants, make(entrants), at, args)
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate" not in str(error):
-            raise
-        raise ConfigError(f"--batch {args.batch or ''}: out of memory; give a smaller batch") from error
-    if target:
-        costs = {entrant.name: dict(zip(("params", "macs"), entrant.cost(), strict=True)) for entrant in entrants}
-        arguments = {key: value for key, value in vars(args).items() if key != "module"}
-        report.write(target, "bench", report.sections(found), arguments, **before, nets=costs)
+    costs = {entrant.name: dict(zip(("params", "macs"), entrant.cost(), strict=True)) for entrant in entrants}
+    arguments = {key: value for key, value in vars(args).items() if key != "module"}
+    found: list[Section] = []
+    for section in measure(entrants, make(entrants), at, args):
+        found.append(section)
+        if target:  # each time, so that what is stopped keeps what it has
+            report.write(target, "bench", report.sections(found), arguments, **before, nets=costs)
     return 0
 
 
@@ -118,34 +115,34 @@ def entrants_of(document: Mapping[str, Any], against: str | None) -> list[Entran
     return [Ours.of(other), ours]
 
 
-def measure(entrants: list[Entrant], made: Any, at: list[Setting], args: Namespace) -> list[Section]:
+def measure(entrants: list[Entrant], made: Any, at: list[Setting], args: Namespace) -> Iterator[Section]:
+    """The sections, one by one; those that differ in their batch alone are shown as one table."""
     from framework.bench.compare import Entry, compare, latency
     from framework.bench.nets import Form
-    from framework.bench.report import show
+    from framework.bench.report import one_table
 
     forms = [Form(), Form(compile=True)] if args.compile else [Form()]
     entries = [Entry(entrant, form) for entrant in entrants for form in forms]
-    found = []
+    places = count(1)
     for _, parts in groupby(at, key=lambda setting: replace(setting, batch=0)):
-        group: list[Section] = []
-        for setting in parts:
-            section = compare(entries, made, setting, args.rounds)
-            if setting.mode == "inference" and not group:
-                timings = latency(entries, made, setting, args.rounds)
-                section.notes += [latency_line(timing) for timing in timings]
-                section.setting["latency"] = {timing.name: timing.seconds for timing in timings}
-            group.append(section)
-        show(group)
-        found += group
-    return found
+        with one_table() as group:
+            for setting in parts:
+                place = f"{next(places)} of {len(at)}"
+                section = compare(entries, made, setting, args.rounds, place=place)
+                if setting.mode == "inference" and not group:
+                    timings = latency(entries, made, setting, args.rounds)
+                    section.notes += [latency_line(timing) for timing in timings]
+                    section.setting["latency"] = {timing.name: timing.seconds for timing in timings}
+                group.append(section)
+                yield section
 
 
 def latency_line(timing: Timing) -> str:
     import numpy as np
 
     half, most = (1000 * np.quantile(timing.seconds, [0.5, 0.95])).tolist()
-    count = len(timing.seconds)
-    return f"latency of {timing.name} at batch 1: {half:.3g} ms (p50), {most:.3g} ms (p95) over {count} images"
+    images = len(timing.seconds)
+    return f"latency of {timing.name} at batch 1: {half:.3g} ms (p50), {most:.3g} ms (p95) over {images} images"
 
 
 def show_costs(entrants: list[Entrant]) -> None:
