@@ -14,6 +14,8 @@ from contextlib import contextmanager
 # Of glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
+ASKED = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
+
 
 def prepare() -> None:
     """Library warnings that tell a user of this program nothing are off, and freed memory is kept for reuse."""
@@ -41,10 +43,10 @@ def keep_freed() -> None:
     """Keeps the memory of freed tensors in the process.
 
     glibc gives large blocks back to the system, and the next step takes them anew, zeroed page by page: 3 to 16 % of a
-    training step on the CPU. Other C libraries are left as they are.
+    training step on the CPU. Other C libraries are left as they are, and so is what the environment asks of glibc.
     """
     tune = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if tune is not None:
+    if tune is not None and ASKED.isdisjoint(os.environ):
         # Older ones take no more than 32 MiB.
         for most in (2**30, 2**25):
             if tune(MMAP_THRESHOLD, most):
