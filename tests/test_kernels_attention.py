@@ -24,13 +24,17 @@ def has(dtype: torch.dtype) -> bool:
     return library is not None and (dtype is torch.float32 or hasattr(library, "attention_forward_bf16"))
 
 
-@pytest.fixture(params=["kernel", "no kernel"])
+@pytest.fixture(params=["kernel", "AVX2", "no kernel"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether there is a kernel: this processor's, or the one for older processors."""
     if request.param == "no kernel":
         monkeypatch.setattr(native, "library", lambda: None)
         return False
-    if native.library() is None:
-        pytest.skip("no compiler, or a processor without a kernel")
+    if native.library() is None or request.param == native.capability():
+        pytest.skip("no compiler, or a processor without a kernel, or with no other")
+    if request.param == "AVX2":
+        found = native.load("AVX2", native.cache_folder())
+        monkeypatch.setattr(native, "library", lambda: found)
     return True
 
 
@@ -45,15 +49,21 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("n", "m", "d"),
-    [(5, 5, 6), (70, 70, 32), (1, 70, 32), (12, 3, 16), (197, 197, 64), (103, 33, 18), (2, 1, 2), (7, 400, 130)],
-)
-def test_attention_equals_float64(kernel: bool, calls: list[str], dtype: torch.dtype, n: int, m: int, d: int) -> None:
+    ("b", "n", "m", "d"),
+    [(2, 5, 5, 6), (2, 70, 70, 32), (2, 1, 70, 32), (2, 12, 3, 16), (2, 197, 197, 64), (2, 103, 33, 18), (2, 2, 1, 2),
+     (2, 7, 400, 130),
+     # heads side by side: of the words of small nets, one query, more than a vector of channels, more keys or fewer
+     (11, 17, 17, 12), (22, 5, 5, 64), (7, 10, 10, 16), (8, 26, 26, 34), (22, 1, 17, 12), (22, 1, 17, 64),
+     (10, 20, 7, 130), (22, 3, 45, 20), (5, 64, 64, 8), (5, 1, 1, 2)],
+)  # fmt: skip
+def test_attention_equals_float64(
+    kernel: bool, calls: list[str], dtype: torch.dtype, b: int, n: int, m: int, d: int
+) -> None:
     """At strides as in a joint projection; the kernel no further off than matrix products and a softmax."""
-    parts = [draw(2, length, 3, d).transpose(1, 2).to(dtype).requires_grad_() for length in (n, m, m + 1)]
+    parts = [draw(b, length, 3, d).transpose(1, 2).to(dtype).requires_grad_() for length in (n, m, m + 1)]
     parts[2] = parts[2].detach()[:, :, :m].requires_grad_()
     exact = [p.detach().double().requires_grad_() for p in parts]
-    grad = draw(2, 3, n, d).to(dtype)
+    grad = draw(b, 3, n, d).to(dtype)
     out, want = attention.attend(*parts), F.scaled_dot_product_attention(*exact)
     assert out.dtype == dtype
     theirs = [p.detach().requires_grad_() for p in parts]

@@ -3,6 +3,7 @@
 // A head's keys and values are brought into the order of the products once; then blocks of queries go through scores,
 // softmax and mixing inside the second-level cache. Rows are read and written where they lie, at any distance. For the
 // backward pass only each query's largest score and the inverse of its sum are kept, and the scores computed again.
+// Many heads on short sequences are worked on side by side (attention_lanes.h).
 
 #include "vector.h"
 
@@ -176,22 +177,16 @@ void backward_head(const Plan& p, const Rows* rows, int64_t b, int64_t h, const 
   give_rows<K>(r.dv, p.wide_d, p.m, p.d, &one, 0, rows[DV].of<E>(b, h), rows[DV].token);
 }
 
-// work(batch, head, first query, end) for all of them, in threads; the queries of a head in parts if it may be split.
+#include "attention_lanes.h"
+
+// work(task) for each of them, in threads.
 template <class F>
-void all_heads(const Shape& s, bool split, Parallel parallel, const F& work) {
-  int64_t heads = s.batch * s.heads;
-  double each = double(s.queries) * s.keys * s.d;
-  int threads = int(std::max(1.0, std::min(double(s.threads), each * heads / (1 << 18))));
-  int64_t parts = split ? std::max<int64_t>(1, std::min<int64_t>(threads / heads, s.queries / MOST_ROWS)) : 1;
-  int64_t tasks = heads * parts;
+void share(int64_t tasks, int threads, Parallel parallel, const F& work) {
   threads = int(std::min<int64_t>(threads, tasks));
   std::atomic<bool> failed{false};  // nothing may be thrown out of a thread
   run(threads, parallel, [&](int t) {
     try {
-      for (int64_t k = tasks * t / threads; k < tasks * (t + 1) / threads; ++k) {
-        int64_t head = k / parts, part = k % parts;
-        work(head / s.heads, head % s.heads, int(s.queries * part / parts), int(s.queries * (part + 1) / parts));
-      }
+      for (int64_t k = tasks * t / threads; k < tasks * (t + 1) / threads; ++k) work(k);
     } catch (const std::bad_alloc&) {
       failed = true;
     }
@@ -199,8 +194,46 @@ void all_heads(const Shape& s, bool split, Parallel parallel, const F& work) {
   if (failed) throw std::bad_alloc();
 }
 
+int threads_for(const Shape& s) {
+  double size = double(s.queries) * s.keys * s.d * s.batch * s.heads;
+  return int(std::max(1.0, std::min(double(s.threads), size / (1 << 18))));
+}
+
+// Whether heads in lanes are faster: by the multiplications, with idle lanes and filled rows, and by what moving rows
+// costs in as many; measured.
+bool in_lanes(const Shape& s) {
+  if (std::max(s.queries, s.keys) > SHORT) return false;
+  double heads = double(s.batch * s.heads), lanes = LANES * std::ceil(heads / LANES);
+  double ours = 4.0 * lanes / heads * s.queries * s.keys * s.d;
+  double filled = double(up(s.queries, ROWS)) * (up(s.keys, LANES) * s.d + s.keys * up(s.d, LANES));
+  return ours < filled + 1500.0 * (s.queries + s.keys);
+}
+
+// work(first, end) for groups of heads that fill a vector.
+template <class F>
+void all_groups(const Shape& s, Parallel parallel, const F& work) {
+  int64_t heads = s.batch * s.heads;
+  share((heads + LANES - 1) / LANES, threads_for(s), parallel, [&](int64_t group) {
+    work(group * LANES, std::min(heads, (group + 1) * LANES));
+  });
+}
+
+// work(batch, head, first query, end) for all of them; the queries of a head in parts if it may be split.
+template <class F>
+void all_heads(const Shape& s, bool split, Parallel parallel, const F& work) {
+  int64_t heads = s.batch * s.heads;
+  int threads = threads_for(s);
+  int64_t parts = split ? std::max<int64_t>(1, std::min<int64_t>(threads / heads, s.queries / MOST_ROWS)) : 1;
+  share(heads * parts, threads, parallel, [&](int64_t task) {
+    int64_t head = task / parts, part = task % parts;
+    work(head / s.heads, head % s.heads, int(s.queries * part / parts), int(s.queries * (part + 1) / parts));
+  });
+}
+
 template <class K>
 void forward(const Shape& s, const Rows* rows, float* kept, Parallel parallel) {
+  if (in_lanes(s))
+    return all_groups(s, parallel, [&](int64_t first, int64_t end) { forward_group<K>(s, rows, first, end, kept); });
   Plan p = Plan::of<K>(s);
   all_heads(s, true, parallel, [&](int64_t b, int64_t h, int first, int end) {
     forward_head<K>(p, rows, b, h, first, end, kept + 2 * (b * s.heads + h) * p.n);
@@ -209,6 +242,8 @@ void forward(const Shape& s, const Rows* rows, float* kept, Parallel parallel) {
 
 template <class K>
 void backward(const Shape& s, const Rows* rows, const float* kept, Parallel parallel) {
+  if (in_lanes(s))
+    return all_groups(s, parallel, [&](int64_t first, int64_t end) { backward_group<K>(s, rows, first, end, kept); });
   Plan p = Plan::of<K>(s);
   all_heads(s, false, parallel, [&](int64_t b, int64_t h, int, int) {
     backward_head<K>(p, rows, b, h, kept + 2 * (b * s.heads + h) * p.n, s.scale);

@@ -14,8 +14,6 @@
 
 #include "vector.h"
 
-#define INLINE inline __attribute__((always_inline))  // else that depends on all the rest of the file
-
 namespace {
 
 constexpr int WIDE = LANES == 16 ? 12 : 6;  // rows of a product that are held in registers at a time, for two vectors

@@ -80,20 +80,6 @@ INLINE void mix(const V* p, const V* b, int step_b, int d, const W& word, int m,
   }
 }
 
-// f over n vectors: in four chains, which run side by side.
-template <class F>
-INLINE V together(const V* x, int n, const F& f) {
-  V a = x[0];
-  int j = 1;
-  if (n >= 4) {
-    V b = x[1], c = x[2], d = x[3];
-    for (j = 4; j + 4 <= n; j += 4) a = f(a, x[j]), b = f(b, x[j + 1]), c = f(c, x[j + 2]), d = f(d, x[j + 3]);
-    a = f(f(a, b), f(c, d));
-  }
-  for (; j < n; ++j) a = f(a, x[j]);
-  return a;
-}
-
 // x[j] = 2^(x[j] - top).
 INLINE void exponentials(V* x, int n, V top) {
   int j = 0;

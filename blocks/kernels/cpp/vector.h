@@ -15,6 +15,8 @@
 #include <thread>
 #include <vector>
 
+#define INLINE inline __attribute__((always_inline))  // else that depends on all the rest of the file
+
 namespace {
 
 #if LANES == 16
@@ -26,6 +28,9 @@ inline V min(V a, V b) { return _mm512_min_ps(a, b); }
 inline V root(V a) { return _mm512_sqrt_ps(a); }
 inline V loadu(const float* p) { return _mm512_loadu_ps(p); }
 inline void storeu(float* p, V a) { _mm512_storeu_ps(p, a); }
+inline __mmask16 lanes(int count) { return __mmask16((1u << count) - 1); }
+inline V loadu(const float* p, int count) { return _mm512_maskz_loadu_ps(lanes(count), p); }  // others are 0
+inline void storeu(float* p, V a, int count) { _mm512_mask_storeu_ps(p, lanes(count), a); }
 inline V permute(const int32_t* index, V a) { return _mm512_permutexvar_ps(_mm512_loadu_si512(index), a); }
 inline V mask(V a, V b) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_castps_si512(b)));
@@ -52,6 +57,11 @@ inline V min(V a, V b) { return _mm256_min_ps(a, b); }
 inline V root(V a) { return _mm256_sqrt_ps(a); }
 inline V loadu(const float* p) { return _mm256_loadu_ps(p); }
 inline void storeu(float* p, V a) { _mm256_storeu_ps(p, a); }
+inline __m256i lanes(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline V loadu(const float* p, int count) { return _mm256_maskload_ps(p, lanes(count)); }  // others are 0
+inline void storeu(float* p, V a, int count) { _mm256_maskstore_ps(p, lanes(count), a); }
 inline V permute(const int32_t* index, V a) {
   return _mm256_permutevar8x32_ps(a, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)));
 }
@@ -114,6 +124,20 @@ inline void phi(V* x) {
 
 inline V exp2(V x) { return exp2<1>(&x), x; }
 inline V phi(V x) { return phi<1>(&x), x; }
+
+// f over n vectors: in four chains, which run side by side.
+template <class F>
+INLINE V together(const V* x, int n, const F& f) {
+  V a = x[0];
+  int j = 1;
+  if (n >= 4) {
+    V b = x[1], c = x[2], d = x[3];
+    for (j = 4; j + 4 <= n; j += 4) a = f(a, x[j]), b = f(b, x[j + 1]), c = f(c, x[j + 2]), d = f(d, x[j + 3]);
+    a = f(f(a, b), f(c, d));
+  }
+  for (; j < n; ++j) a = f(a, x[j]);
+  return a;
+}
 
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
 

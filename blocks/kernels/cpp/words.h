@@ -19,6 +19,7 @@ struct Full {
   static void narrow(E* to, V a) { storeu(to, a); }
   static V weave(const E* a, const E*) { return loadu(a); }
   static float word(float a, float) { return a; }
+  static V close(const V* x) { return *x; }  // numbers to a word
 };
 
 #ifdef __AVX512BF16__
@@ -45,6 +46,12 @@ struct Half {
     return (V)_mm512_permutexvar_epi16(_mm512_loadu_si512(index.data()), (__m512i)join(a, b));
   }
   static float word(float a, float b) { return _mm512_cvtss_f32(weave(set(a), set(b))); }
+  static V close(const V* x) { return weave(x[0], x[1]); }
+  static void tie(V a, V b, V* to) {  // words of the first elements of a and b, and of the second
+    __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
+    to[0] = _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaa, x, _mm512_slli_epi32(y, 16)));
+    to[1] = _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(x, 16), y));
+  }
 };
 #endif
 
