@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from blocks.base import GateFactory, Grid, Mixer, Position, ScorePosition, Shape, Site, linear
 from blocks.gates import NoGate
-from blocks.kernels.attention import attend, attend_joined
+from blocks.kernels.attention import attend, attend_joined, split
 from blocks.kernels.linear import linear as fast_linear
 from blocks.positions import NetPosition
 
@@ -79,18 +79,18 @@ class Attention(Mixer):
         b, n, c = x.shape
         drop = self.attn_drop if self.training else 0.0
         if rows is None:
-            qkv = self.qkv(x).view(b, n, 3, self.heads, self.head_dim)
-            if type(self.position) is ScorePosition and not drop:
-                return self._out(attend_joined(qkv))
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-            q = self.position.rotate(q, grid)
+            parts = [self.qkv(x).view(b, n, 3, self.heads, self.head_dim)]
         else:
             # Only prefix rows are wanted, which no encoding turns; keys and values are needed of every token.
             b_q, b_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split([c, 2 * c])
             q = fast_linear(x[:, :rows], self.qkv.weight[:c], b_q)
             kv = fast_linear(x, self.qkv.weight[c:], b_kv)
-            q = q.view(b, rows, self.heads, self.head_dim).transpose(1, 2)
-            k, v = kv.view(b, n, 2, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+            parts = [q.view(b, rows, 1, self.heads, self.head_dim), kv.view(b, n, 2, self.heads, self.head_dim)]
+        if type(self.position) is ScorePosition and not drop:
+            return self._out(attend_joined(*parts))
+        q, k, v = split(parts)
+        if rows is None:
+            q = self.position.rotate(q, grid)
         bias = self.position.bias(grid)
         if bias is not None:
             bias = bias[:, :, : q.shape[2]].to(q.dtype)

@@ -1,9 +1,10 @@
 """Scaled dot-product attention by the form that is fastest for the device, the precision and the size.
 
-On the CPU that is a kernel in C++ (`cpp/attention.cpp`), forward and backward, which keeps two numbers for each row of
-the softmax. Where it does not serve (a bias, dropout, long sequences, no compiler) torch's own is, but not in bfloat16
-(half as fast forward, a third to a tenth forward and backward), and not with heads of 16 channels or fewer on short
-sequences in training: there it is matrix products and a softmax.
+On the CPU that is a kernel in C++, forward and backward, which keeps two numbers for each row of the softmax
+(`cpp/attention.cpp`; of many heads on short sequences `cpp/attention_lanes.h`). Where it does not serve (a bias,
+dropout, long sequences, no compiler) torch's own is, but not in bfloat16 (half as fast forward, a third to a tenth
+forward and backward), and not with heads of 16 channels or fewer on short sequences in training: there it is matrix
+products and a softmax.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from blocks.kernels.linear import DTYPES, eager, precision, recorded
 # In float32, heads this narrow on sequences this short train faster without torch's kernel.
 NARROW, SHORT = 16, 64
 
-# In float32, fewer queries than this are not worth bringing keys and values into the kernel's order.
-FEW = 6
+# In float32, fewer queries than this are not worth bringing keys and values into the kernel's order, but for as many
+# heads on short sequences, which it has side by side.
+FEW, MANY = 6, 64
 
 # What the kernel holds in the processor's cache: longer sequences and wider heads are torch's.
 MOST_KEYS, MOST_CHANNELS = 1024, 256
@@ -51,12 +53,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, drop: fl
     return _multiplied(q, k, v)[0]
 
 
-def attend_joined(qkv: Tensor) -> Tensor:
-    """`attend` over `(B, N, 3, heads, d)`, whose gradient then comes in one piece."""
-    q, k, v = split([qkv])
-    wanted = torch.is_grad_enabled() and qkv.requires_grad
-    if wanted and precision(qkv) is qkv.dtype and serves(q, k, v):
-        return _Fused.apply(qkv).transpose(1, 2)
+def attend_joined(*parts: Tensor) -> Tensor:
+    """`attend` over tensors `(B, N, one or more of q, k and v, heads, d)`: the gradients then come in as many."""
+    q, k, v = split(parts)
+    wanted = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+    if wanted and precision(q) is q.dtype and serves(q, k, v):
+        return _Fused.apply(*parts).transpose(1, 2)
     return attend(q, k, v)
 
 
@@ -131,7 +133,8 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     low = q.dtype is torch.bfloat16
     if k.shape != v.shape or k.shape[2] > MOST_KEYS or k.shape[3] > MOST_CHANNELS or not (q.numel() and k.numel()):
         return False
-    if not all(reads(x) for x in (q, k, v)) or (not low and q.shape[2] < FEW <= k.shape[2]):
+    few = q.shape[2] < FEW <= k.shape[2] and (k.shape[2] > SHORT or q.shape[0] * q.shape[1] < MANY)
+    if not all(reads(x) for x in (q, k, v)) or (few and not low):
         return False
     library = native.library()
     return library is not None and (not low or hasattr(library, "attention_forward_bf16"))
@@ -168,7 +171,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def split(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Queries, keys and values, `(B, heads, N, d)`, of tensors `(B, N, one or more of them, heads, d)`."""
-    q, k, v = (x.transpose(1, 2) for part in parts for x in part.unbind(2))
+    q, k, v = (x for part in parts for x in part.permute(2, 0, 3, 1, 4).unbind(0))
     return q, k, v
 
 
