@@ -68,9 +68,10 @@ struct Group {  // the rows of heads, one in each lane; in lanes beyond the last
   int count;
 
   Group(const Rows& rows, int64_t heads, int64_t first, int64_t end) : token(rows.token), count(int(end - first)) {
+    int64_t b = first / heads, h = first % heads;
     for (int i = 0; i < LANES; ++i) {
-      int64_t head = std::min(first + i, end - 1);
-      at[i] = rows.of<E>(head / heads, head % heads);
+      at[i] = rows.of<E>(b, h);
+      if (i + 1 < count && ++h == heads) h = 0, ++b;
     }
   }
 
@@ -81,7 +82,11 @@ struct Group {  // the rows of heads, one in each lane; in lanes beyond the last
     for (int t = 0; t < tokens; ++t) {
       V x[LANES];
 #pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i) x[i] = loadu(row(i, t, first), words);
+      for (int i = 0; i < LANES; ++i) {
+        x[i] = loadu(row(i, t, first), words);
+        __builtin_prefetch(row(i, t + 2, first));  // the processor does not foresee this many rows
+        __builtin_prefetch(row(i, t + 2, first + LANES));
+      }
       turn(x);
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; ++i)
