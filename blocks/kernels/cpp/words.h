@@ -105,6 +105,8 @@ inline void pack_columns(const Word* from, int64_t step, int rows, int words, fl
                                     : loadu(filled<float>(from + (r + i) * step + w, words - w, LANES, room));
       turn(x);
       for (int i = 0; i < LANES && w + i < words; ++i) storeu(to + int64_t(w + i) * wide + r, x[i]);
+      // The processor does not foresee this many rows.
+      for (int i = 0; i < LANES; ++i) __builtin_prefetch(from + (r + i) * step + w + LANES);
     }
 }
 
