@@ -114,14 +114,21 @@ void add_sums(const float* panel, int64_t words, float* to, int count) {
   for (int i = 0; i < count; ++i) to[i] += line[i];
 }
 
+// What is asked of memory meanwhile: some of the first factor's next block.
+struct Ahead {
+  const char* at;
+  int64_t pace;  // bytes for each word
+};
+
 // Products of the panels' next words, for a tile.
 template <class K>
-inline void multiply(const float*& a, const float*& b, int64_t words, V (&s)[HIGH][VECTORS]) {
+inline void multiply(const float*& a, const float*& b, int64_t words, Ahead& ahead, V (&s)[HIGH][VECTORS]) {
 #pragma GCC unroll 12
   for (int r = 0; r < HIGH; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) s[r][v] = set(0.0f);
-  for (int64_t w = 0; w < words; ++w, a += HIGH, b += WIDE) {
+  for (int64_t w = 0; w < words; ++w, a += HIGH, b += WIDE, ahead.at += ahead.pace) {
+    _mm_prefetch(ahead.at, _MM_HINT_T1);
     V x[VECTORS];
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) x[v] = loadu(b + v * LANES);
@@ -137,7 +144,7 @@ inline void multiply(const float*& a, const float*& b, int64_t words, V (&s)[HIG
 // One tile of the result; `again` where what is there already is a part of the sum.
 template <class K>
 void tile(const float* a, const float* b, int64_t words, int64_t part, const Result& c, int64_t n, int64_t row,
-          int rows, int64_t column, int vectors, bool again) {
+          int rows, int64_t column, int vectors, bool again, Ahead ahead) {
   using E = typename K::E;
   const bool add = c.add || again, single = c.single || K::U == 1;
   auto place = [&](int r, int v) { return (row + r) * n + column + v * LANES; };
@@ -146,11 +153,11 @@ void tile(const float* a, const float* b, int64_t words, int64_t part, const Res
       for (int v = 0; v < vectors; ++v)
         _mm_prefetch(static_cast<const char*>(c.at) + place(r, v) * (single ? sizeof(float) : sizeof(E)), _MM_HINT_T0);
   V s[HIGH][VECTORS];
-  multiply<K>(a, b, std::min(words, part), s);
+  multiply<K>(a, b, std::min(words, part), ahead, s);
   for (int64_t done = part; done < words; done += part) {
     V sum[HIGH][VECTORS];
     std::memcpy(sum, s, sizeof s);
-    multiply<K>(a, b, std::min(words - done, part), s);
+    multiply<K>(a, b, std::min(words - done, part), ahead, s);
 #pragma GCC unroll 12
     for (int r = 0; r < HIGH; ++r)
 #pragma GCC unroll 2
@@ -242,11 +249,20 @@ void product(const Factor& a, const Factor& b, const Result& c, const Size& size
           for (int64_t r = row; r < last; r += HIGH)
             pack_along<K, EA, HIGH>(a, r, m, first, words, rows + (r - row) / HIGH * gap_a, HIGH);
         }
-        for (int64_t p = panels * group / groups; p < panels * (group + 1) / groups; ++p)
-          for (int64_t r = row; r < last; r += HIGH)
+        // The block that this thread may have next: in each of the first tiles a line of each word, or some of its rows.
+        const int64_t from = panels * group / groups, to = panels * (group + 1) / groups;
+        const int64_t tiles = (to - from) * ((last - row + HIGH - 1) / HIGH), next_row = row + threads * high / groups;
+        const char* later = reinterpret_cast<const char*>(next_row < m ? a.of<EA>(next_row, first) : a.of<EA>(row, first));
+        const int64_t bytes = high * (end - first) * sizeof(EA), pace = (bytes / tiles + words - 1) / words;
+        const int64_t lines = (high * sizeof(EA) + 63) / 64;
+        int64_t count = 0;
+        for (int64_t p = from; p < to; ++p)
+          for (int64_t r = row; r < last; r += HIGH, ++count)
             tile<K>(rows + (r - row) / HIGH * gap_a, columns + p * gap_b, words, part, c, n, r,
                     int(std::min<int64_t>(HIGH, last - r)), p * WIDE,
-                    int(std::min<int64_t>(VECTORS, (n - p * WIDE) / LANES)), chunk > 0);
+                    int(std::min<int64_t>(VECTORS, (n - p * WIDE) / LANES)), chunk > 0,
+                    a.turned ? Ahead{later + count % lines * 64, count < lines ? a.step * U * int64_t(sizeof(EA)) : 0}
+                             : Ahead{later + count * words * pace, pace});
         if (c.sums && group == 0)
           for (int64_t r = row; r < last; r += HIGH)
             add_sums<K>(rows + (r - row) / HIGH * gap_a, words, c.sums + r, int(std::min<int64_t>(HIGH, last - r)));
