@@ -83,8 +83,8 @@ def grads(act: Any, conv: nn.Conv2d, map: Tensor) -> tuple[Tensor, ...]:
 def test_a_layer(groups: int, side: int, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     conv, map = layer(groups), draw(2, 64, side, side).contiguous(memory_format=LIES)
     calls = []
-    run = kernel._call
-    monkeypatch.setattr(kernel, "_call", lambda name, *args: calls.append(name) or run(name, *args))
+    run = native.run
+    monkeypatch.setattr(native, "run", lambda name, *args: calls.append(name) or run(name, *args))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         if not kernel.serves(conv, map, torch.bfloat16 if autocast else torch.float32):
             pytest.skip("no kernel")

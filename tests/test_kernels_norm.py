@@ -30,13 +30,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     if native.library() is None:
         pytest.skip("no compiler, or a processor without a kernel")
     found: list[str] = []
-    call = norm.call
-    monkeypatch.setattr(norm, "call", lambda name, *args: found.append(name.removeprefix("norm_")) or call(name, *args))
+    call = norm.run
+    monkeypatch.setattr(norm, "run", lambda name, *args: found.append(name.removeprefix("norm_")) or call(name, *args))
     return found
 
 
 def need(dtype: torch.dtype) -> None:
-    if native.library() is None or not hasattr(native.library(), norm.name("norm_forward", dtype)):
+    if native.library() is None or (dtype is torch.bfloat16 and not hasattr(native.library(), "norm_forward_bf16")):
         pytest.skip("no kernel for this precision")
 
 

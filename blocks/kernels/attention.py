@@ -150,15 +150,11 @@ def reads(x: Tensor) -> bool:
 
 def call(name: str, parts: Sequence[Tensor], kept: Tensor) -> None:
     """Calls a function of `attention.cpp`: `parts` are its tensors `(B, heads, N, d)`."""
-    library = native.library()
-    assert library is not None
     q, k = parts[:2]
     threads, scale = torch.get_num_threads(), q.shape[3] ** -0.5
     shape = Shape(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3], threads, scale)
     rows = (Rows * len(parts))(*(Rows.of(x) for x in parts))
-    name += "_bf16" if q.dtype is torch.bfloat16 else ""
-    if getattr(library, name)(ctypes.byref(shape), rows, ctypes.c_void_p(kept.data_ptr()), native.threads()):
-        raise MemoryError(f"no memory for {name}")
+    native.run(name, q.dtype, shape, rows, kept)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ SIDE = 20
 
 class Shape(ctypes.Structure):
     _fields_ = [("batch", ctypes.c_int64)] + [
-        (name, ctypes.c_int32) for name in ("height", "width", "groups", "inp", "out", "threads")
+        (name, ctypes.c_int32) for name in ("height", "width", "groups", "inp", "out", "threads", "relu")
     ]
 
 
@@ -44,9 +44,10 @@ def serves(layer: nn.Conv2d, map: Tensor, dtype: torch.dtype) -> bool:
         return False
     if layer.out_channels // layer.groups % LANES or not eager(map) or not map.numel() or map.dtype not in DTYPES:
         return False
-    name, library = _name("conv_forward", dtype), native.library()
-    lies = map.is_contiguous(memory_format=torch.channels_last)
-    return dtype in DTYPES and lies and library is not None and hasattr(library, name)
+    if dtype not in DTYPES or not map.is_contiguous(memory_format=torch.channels_last):
+        return False
+    library = native.library()
+    return library is not None and (dtype is not torch.bfloat16 or hasattr(library, "conv_forward_bf16"))
 
 
 def faster(map: Tensor, groups: int) -> bool:
@@ -63,8 +64,7 @@ def conv(map: Tensor, weight: Tensor, bias: Tensor | None, groups: int, relu: bo
     # (groups, tap, words of channels in, out), in bfloat16 two of them in a word.
     parts = weight.to(map.dtype).reshape(groups, -1, weight.shape[1] // (1 + low), 1 + low, 9)
     parts = parts.permute(0, 4, 2, 1, 3).contiguous()
-    place = None if bias is None else ctypes.c_void_p(bias.data_ptr())
-    _call("conv_forward", map, made, groups, parts, place, relu, made)
+    native.run("conv_forward", map.dtype, _shape(map, made, groups, relu), map, parts, bias, made)
     return made
 
 
@@ -78,20 +78,13 @@ def grad_weight(map: Tensor, grad: Tensor, groups: int) -> Tensor:
     """The gradient of the weight, in float32."""
     out, inp = grad.shape[1] // groups, map.shape[1] // groups
     made = map.new_empty(groups, 9, out, inp, dtype=torch.float32)
-    _call("conv_weight", map, grad, groups, grad, made)
+    native.run("conv_weight", map.dtype, _shape(map, grad, groups), map, grad, made)
     return made.permute(0, 2, 3, 1).reshape(groups * out, inp, 3, 3)
 
 
-def _name(function: str, dtype: torch.dtype) -> str:
-    return f"{function}_bf16" if dtype is torch.bfloat16 else function
-
-
-def _call(function: str, map: Tensor, made: Tensor, groups: int, *args: Any) -> None:
+def _shape(map: Tensor, made: Tensor, groups: int, relu: bool = False) -> Shape:
     b, c, h, w = map.shape
-    shape = Shape(b, h, w, groups, c // groups, made.shape[1] // groups, torch.get_num_threads())
-    given = (ctypes.c_void_p(arg.data_ptr()) if isinstance(arg, Tensor) else arg for arg in (map, *args))
-    if getattr(native.library(), _name(function, map.dtype))(ctypes.byref(shape), *given, native.threads()):
-        raise MemoryError("no memory for a convolution")
+    return Shape(b, h, w, groups, c // groups, made.shape[1] // groups, torch.get_num_threads(), relu)
 
 
 class _Conv(torch.autograd.Function):

@@ -166,35 +166,28 @@ class Shape(ctypes.Structure):
 POINTERS = ctypes.c_void_p * 12  # to all parameters
 
 
-def named(function: str, precision: str) -> str:
-    """The form of a function of `inner.cpp` that multiplies in this precision."""
-    return f"{function}_bf16" if precision == "bf16" else function
-
-
 def call(
-    name: str,
+    function: str,
+    precision: str,
     x: Tensor,
     params: list[Tensor | None],
     factors: list[Tensor | None],
     settings: tuple[int, float, float],
     *rest: Tensor | list[Tensor | None],
 ) -> None:
-    """Calls a function of `inner.cpp`: `rest` are its further tensors, or arrays of tensors."""
+    """Calls a function of `inner.cpp`: `rest` are its further tensors, or lists of such as belong to parameters."""
     heads, eps1, eps2 = settings
     fc1 = params[8]
     assert fc1 is not None
     shape = Shape(x.shape[0], x.shape[2], x.shape[1], heads, fc1.shape[0], eps1, eps2, torch.get_num_threads())
     params = [None if p is None else p.contiguous() for p in params]
 
-    def address(value: Tensor | list[Tensor | None] | None) -> Any:
-        if isinstance(value, list):
-            return POINTERS(*[None if p is None else p.data_ptr() for p in value])
-        return None if value is None else value.data_ptr()
+    def part(value: Tensor | list[Tensor | None] | None) -> native.Part:
+        return POINTERS(*[None if p is None else p.data_ptr() for p in value]) if isinstance(value, list) else value
 
     assert x.is_contiguous()
-    given = [address(value) for value in (params, x, *factors, *rest)]
-    if native.taking(name, len(given) + 2)(ctypes.byref(shape), *given, native.threads()):
-        raise MemoryError(f"no memory for {name}")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    native.run(function, dtype, shape, *[part(value) for value in (params, x, *factors, *rest)])
 
 
 def _split(rest: tuple[Any, ...]) -> tuple[list[Tensor | None], list[Tensor | None], tuple[int, float, float], str]:
@@ -210,7 +203,7 @@ def _inner(
     """The block on float32 words `(sets, c, m)`; `s1`, `s2` `(sets,)` scale its two branches."""
     params = [norm1_w, norm1_b, qkv_w, qkv_b, proj_w, proj_b, norm2_w, norm2_b, fc1_w, fc1_b, fc2_w, fc2_b]
     y = torch.empty_like(x)
-    call(named("inner_forward", precision), x, params, [s1, s2], (heads, eps1, eps2), y)
+    call("inner_forward", precision, x, params, [s1, s2], (heads, eps1, eps2), y)
     return y
 
 
@@ -239,8 +232,7 @@ def _inner_backward(
     params = [norm1_w, norm1_b, qkv_w, qkv_b, proj_w, proj_b, norm2_w, norm2_b, fc1_w, fc1_b, fc2_w, fc2_b]
     dx = torch.empty_like(x)
     grads = [None if p is None else torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
-    name = named("inner_backward", precision)
-    call(name, x, params, [s1, s2], (heads, eps1, eps2), dy.contiguous(), dx, grads)
+    call("inner_backward", precision, x, params, [s1, s2], (heads, eps1, eps2), dy.contiguous(), dx, grads)
     return [dx, *(grad for grad in grads if grad is not None)]
 
 

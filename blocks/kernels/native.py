@@ -122,16 +122,33 @@ def threads() -> ctypes.c_void_p:
     return ctypes.c_void_p()
 
 
+Part = Tensor | ctypes.Structure | ctypes.Array[Any] | None
+
+
+def run(name: str, dtype: torch.dtype, *parts: Part) -> None:
+    """The kernel of that name for `dtype`, which takes the places of structures, arrays and tensors, and no numbers.
+
+    Raises:
+        MemoryError: it had no memory to work in.
+    """
+    given = [
+        part.data_ptr() if isinstance(part, Tensor) else None if part is None else ctypes.byref(part) for part in parts
+    ]
+    kernel = _taking(library(), f"{name}_bf16" if dtype is torch.bfloat16 else name, len(given) + 1)
+    if kernel(*given, threads()):
+        raise MemoryError(f"{name} had no memory to work in")
+
+
 @cache
-def taking(name: str, count: int) -> Any:
-    """The kernel of that name, which takes so many pointers and nothing else: without types each needs a wrapper."""
-    kernel = getattr(library(), name)
+def _taking(library: ctypes.CDLL, name: str, count: int) -> Any:
+    """A kernel that takes so many pointers: without their types each would need a wrapper."""
+    kernel = getattr(library, name)
     kernel.argtypes = [ctypes.c_void_p] * count
     return kernel
 
 
 def call(name: str, dtype: torch.dtype, *args: Tensor | ctypes.Array[Any] | float | int | None) -> None:
-    """The kernel of that name for `dtype`, on tensors, arrays and numbers: double, int64, and int for bool."""
+    """The same of a kernel that takes numbers too: double, int64, and int for bool; and the number of threads."""
     given: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from blocks.kernels import native
 from blocks.kernels.linear import Recipe, eager
+from blocks.kernels.native import run
 
 # What a row may hold, and of how many rows the gradients of weight and bias are summed at first, as in norm.cpp.
 MOST, CHUNK = 2048, 64
@@ -30,16 +31,12 @@ def serves(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     if not all(t is None or (t.is_contiguous() and t.numel()) for t in tensors):
         return False
     library = native.library()
-    return library is not None and hasattr(library, name("norm_forward", dtype))
+    return library is not None and (dtype is not torch.bfloat16 or hasattr(library, "norm_forward_bf16"))
 
 
 def reads(x: Tensor) -> bool:
     """Whether the samples of tokens `(B, N, C)` are whole rows of float32, of ordinary memory."""
     return eager(x) and x.dtype is torch.float32 and x.stride()[1:] == (x.shape[2], 1)
-
-
-def name(function: str, dtype: torch.dtype) -> str:
-    return function + ("_bf16" if dtype is torch.bfloat16 else "")
 
 
 def learns(weight: Tensor, bias: Tensor, *inputs: Tensor | None) -> bool:
@@ -74,16 +71,6 @@ class Places(ctypes.Structure):
     @classmethod
     def of(cls, x: Tensor) -> Places:
         return cls(x.data_ptr(), x.stride(0))
-
-
-def call(function: str, dtype: torch.dtype, shape: Shape, *places: Tensor | ctypes.Structure | None) -> None:
-    def address(place: Tensor | ctypes.Structure | None) -> Any:
-        if isinstance(place, Tensor):
-            return place.data_ptr()
-        return None if place is None else ctypes.byref(place)
-
-    given = [address(place) for place in places]
-    native.taking(name(function, dtype), len(given) + 2)(ctypes.byref(shape), *given, native.threads())
 
 
 def add_norm(
@@ -132,7 +119,7 @@ def norm_onto(y: Tensor, weight: Tensor, bias: Tensor, eps: float, x: Tensor, pr
 def _sum(x: Tensor, branch: Tensor, factor: Tensor | None, own: bool = False) -> Tensor:
     total = x if own else torch.empty_like(x)
     rest = (None, None, total, None, None)
-    call("norm_forward", branch.dtype, Shape.of(x), x, branch, factor, *rest)
+    run("norm_forward", branch.dtype, Shape.of(x), x, branch, factor, *rest)
     return total
 
 
@@ -152,7 +139,7 @@ def _forward(
     total = x if branch is None or own else torch.empty_like(x)
     made = torch.empty_like(x, dtype=dtype)
     stats = x.new_empty(shape.rows, 2)
-    call("norm_forward", dtype, shape, x, branch, factor, weight, bias, total, stats, made)
+    run("norm_forward", dtype, shape, x, branch, factor, weight, bias, total, stats, made)
     return total, made, stats
 
 
@@ -164,7 +151,7 @@ def _again(
         x = x.unflatten(-1, (-1, words)).transpose(-1, -2).flatten(-2) if words else x
         return F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
     made = torch.empty_like(x, dtype=dtype)
-    call("norm_again", dtype, Shape.of(x, words=words), x, weight, bias, stats, made)
+    run("norm_again", dtype, Shape.of(x, words=words), x, weight, bias, stats, made)
     return made
 
 
@@ -201,10 +188,10 @@ class _AddNorm(torch.autograd.Function):
             dbranch = torch.empty_like(x, dtype=ctx.dtype)
         if grad is None:
             if stream is not None and dbranch is not None:
-                call("norm_scaled", ctx.dtype, shape, stream, factor, dbranch)
+                run("norm_scaled", ctx.dtype, shape, stream, factor, dbranch)
             return stream, None, None, None, None, None if stream is None else dbranch, None, None
         dx, (parts, dw) = torch.empty_like(x), _grads(shape, weight)
-        call("norm_backward", ctx.dtype, shape, x, weight, stats, grad.contiguous(), stream,
+        run("norm_backward", ctx.dtype, shape, x, weight, stats, grad.contiguous(), stream,
              factor, dx, dbranch, parts, dw)  # fmt: skip
         dw, db = dw.unbind()
         return dx, dw, db, None, None, dbranch, None, None
@@ -224,7 +211,7 @@ class _Add(torch.autograd.Function):
             own = grad if factor is None else grad * factor.view(-1, *[1] * (grad.dim() - 1))
             return grad, own.to(ctx.dtype), None
         dbranch, grad = torch.empty(grad.shape, dtype=ctx.dtype), grad.contiguous()
-        call("norm_scaled", ctx.dtype, Shape.of(grad), grad, factor, dbranch)
+        run("norm_scaled", ctx.dtype, Shape.of(grad), grad, factor, dbranch)
         return grad, dbranch, None
 
 
@@ -237,7 +224,7 @@ def _onto(
     if prefix is not None:
         made[:, :count] = prefix
     places = (Places.of(x), stats, Places.of(made[:, count:]))
-    call("norm_onto", y.dtype, Shape.of(y, eps), y, weight, bias, *places)
+    run("norm_onto", y.dtype, Shape.of(y, eps), y, weight, bias, *places)
     return made, stats
 
 
@@ -261,6 +248,6 @@ class _NormOnto(torch.autograd.Function):
             return dy, dw, db, None, rest, first
         grad, shape = grad.contiguous(), Shape.of(y)
         dy, (parts, dw) = torch.empty_like(y), _grads(shape, weight)
-        call("norm_onto_back", y.dtype, shape, y, weight, stats, Places.of(grad[:, ctx.count :]), dy, parts, dw)
+        run("norm_onto_back", y.dtype, shape, y, weight, stats, Places.of(grad[:, ctx.count :]), dy, parts, dw)
         dw, db = dw.unbind()
         return dy, dw, db, None, rest, first

@@ -57,7 +57,7 @@ class Result(ctypes.Structure):
 
 
 class Size(ctypes.Structure):
-    _fields_ = [("m", ctypes.c_int64), ("n", ctypes.c_int64), ("k", ctypes.c_int64)]
+    _fields_ = [("m", ctypes.c_int64), ("n", ctypes.c_int64), ("k", ctypes.c_int64), ("threads", ctypes.c_int64)]
 
 
 def forward(
@@ -151,15 +151,11 @@ def _call(
     sums: Tensor | None = None,
     add: bool = False,
 ) -> None:
-    library = native.library()
-    assert library is not None
     bias = None if bias is None else bias.float().contiguous()
     places = (None if t is None else t.data_ptr() for t in (bias, sums))
     result = Result(made.data_ptr(), made.dtype is torch.float32, add, ACTS.index(act), 0, *places)
-    parts = (ctypes.byref(part) for part in (a, b, result, Size(*made.shape, k)))
-    function = library.gemm if a.single else library.gemm_bf16
-    if function(*parts, torch.get_num_threads(), native.threads()):
-        raise MemoryError("no memory for a product")
+    size = Size(*made.shape, k, torch.get_num_threads())
+    native.run("gemm", torch.float32 if a.single else torch.bfloat16, a, b, result, size)
 
 
 def faster(flops: float, dtype: torch.dtype = torch.float32) -> bool:

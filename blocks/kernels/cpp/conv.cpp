@@ -15,7 +15,7 @@ constexpr int ROOM = 384 * 1024, SMALL = 192 * 1024;  // bytes of a strip, forwa
 
 struct Shape {  // as in conv.py; `in` and `out` of a group
   int64_t batch;
-  int32_t height, width, groups, in, out, threads;
+  int32_t height, width, groups, in, out, threads, relu;
 
   int line() const { return width + 2; }
   int taps(int tap) const { return tap / 3 * line() + tap % 3; }
@@ -86,7 +86,7 @@ __attribute__((noinline)) void multiply(const Word* map, int line, const Word* w
 }
 
 template <class K, int WORDS>
-void forward(const Shape& s, const void* map, const Word* weight, const float* bias, bool relu, void* to,
+void forward(const Shape& s, const void* map, const Word* weight, const float* bias, void* to,
              Parallel parallel) {
   using E = typename K::E;
   const int words = s.in / K::U;
@@ -107,7 +107,7 @@ void forward(const Shape& s, const void* map, const Word* weight, const float* b
         for (int r = 0; r < HIGH; ++r)
           for (int v = 0; v < 2; ++v) {
             y[r][v] += shift[v];
-            if (relu) y[r][v] = max(y[r][v], set(0.0f));
+            if (s.relu) y[r][v] = max(y[r][v], set(0.0f));
           }
         int i = q / s.line(), j = q % s.line();
         for (int r = 0; r < HIGH && i < at.rows; ++r) {
@@ -186,10 +186,10 @@ void weight_gradient(const Shape& s, const void* map, const void* grad, float* t
 }
 
 template <class K>
-void any_forward(const Shape& s, const void* map, const Word* weight, const float* bias, bool relu, void* to,
+void any_forward(const Shape& s, const void* map, const Word* weight, const float* bias, void* to,
                  Parallel parallel) {
-  s.in == 32 ? forward<K, 32 / K::U>(s, map, weight, bias, relu, to, parallel)
-             : forward<K, 0>(s, map, weight, bias, relu, to, parallel);
+  s.in == 32 ? forward<K, 32 / K::U>(s, map, weight, bias, to, parallel)
+             : forward<K, 0>(s, map, weight, bias, to, parallel);
 }
 
 }  // namespace
@@ -198,9 +198,9 @@ extern "C" {
 
 // `in` and `out` are multiples of 32. The weight: (groups, tap, words of in, out).
 #define KERNELS(KIND, NAME)                                                                                          \
-  int conv_forward##NAME(const Shape* s, const void* map, const float* weight, const float* bias, int relu, void* to, \
+  int conv_forward##NAME(const Shape* s, const void* map, const float* weight, const float* bias, void* to, \
                          Parallel parallel) {                                                                        \
-    return guarded([&] { any_forward<KIND>(*s, map, weight, bias, relu, to, parallel); });                           \
+    return guarded([&] { any_forward<KIND>(*s, map, weight, bias, to, parallel); });                           \
   }                                                                                                                  \
   int conv_weight##NAME(const Shape* s, const void* map, const void* grad, float* to, Parallel parallel) {           \
     return guarded([&] { weight_gradient<KIND>(*s, map, grad, to, parallel); });                                     \

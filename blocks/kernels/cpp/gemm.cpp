@@ -37,7 +37,7 @@ struct Result {
 };
 
 struct Size {
-  int64_t m, n, k;
+  int64_t m, n, k, threads;
 };
 
 // Vectors of words: of elements side by side, and of two rows' elements.
@@ -205,17 +205,17 @@ void tile(const float* a, const float* b, int64_t words, int64_t part, const Res
 
 // c (+)= act(a · b + bias) of an (m, k) and an (n, k).
 template <class K, class EB>
-void product(const Factor& a, const Factor& b, const Result& c, const Size& size, int threads, Parallel parallel) {
+void product(const Factor& a, const Factor& b, const Result& c, const Size& size, Parallel parallel) {
   using EA = typename K::E;
   constexpr int U = K::U;
-  const auto [m, n, k] = size;
+  const int64_t m = size.m, n = size.n, k = size.k;
   // Only sums may be made in parts: what comes behind wants all of it, as does a result of less precision.
   const int64_t chunks = a.turned ? std::max<int64_t>(1, k / (DEPTH * U)) : 1;
   auto bound = [&](int64_t i) { return i == chunks ? k : k * i / chunks / U * U; };
   const int64_t most = up(int(k / chunks / U) + 2, LANES);  // words of a part
   const int64_t high = HIGH * std::max<int64_t>(2, std::min<int64_t>(MOST_PANELS, BLOCK / (4 * HIGH * most)));
   const int64_t blocks = (m + high - 1) / high, panels = (n + WIDE - 1) / WIDE;
-  threads = int(std::max(1.0, std::min(double(threads), double(m) * n * k / (1 << 20))));
+  const int threads = int(std::max(1.0, std::min(double(size.threads), double(m) * n * k / (1 << 20))));
   const int64_t groups = std::min<int64_t>(panels, threads > 1 ? (2 * threads + blocks - 1) / blocks : 1);
 
   // A panel's last vector reaches beyond it; and panels a whole number of pages apart would share places in the cache.
@@ -276,15 +276,15 @@ void product(const Factor& a, const Factor& b, const Result& c, const Size& size
 extern "C" {
 
 // n is whole vectors, and so are the words of a factor that is not turned. Gives 0, or 1 where memory ran out.
-int gemm(const Factor* a, const Factor* b, const Result* c, const Size* size, int threads, Parallel parallel) {
-  return guarded([&] { product<Full, float>(*a, *b, *c, *size, threads, parallel); });
+int gemm(const Factor* a, const Factor* b, const Result* c, const Size* size, Parallel parallel) {
+  return guarded([&] { product<Full, float>(*a, *b, *c, *size, parallel); });
 }
 
 #ifdef __AVX512BF16__
-int gemm_bf16(const Factor* a, const Factor* b, const Result* c, const Size* size, int threads, Parallel parallel) {
+int gemm_bf16(const Factor* a, const Factor* b, const Result* c, const Size* size, Parallel parallel) {
   return guarded([&] {
-    b->single ? product<Half, float>(*a, *b, *c, *size, threads, parallel)
-              : product<Half, uint16_t>(*a, *b, *c, *size, threads, parallel);
+    b->single ? product<Half, float>(*a, *b, *c, *size, parallel)
+              : product<Half, uint16_t>(*a, *b, *c, *size, parallel);
   });
 }
 #endif

@@ -225,31 +225,31 @@ void onto_back(const Shape& s, const typename K::E* x, const float* w, const flo
 
 // Each function for float32 and, with _bf16 behind its name, for bfloat16.
 // `grads`: of the norm's weight, then of its bias; `parts`: room for those of each CHUNK rows. What is null is not
-// there, or not wanted.
-#define FUNCTIONS(K, END)                                                                                           \
-  void norm_forward##END(const Shape* s, const float* x, const K::E* branch, const float* factor, const float* w,   \
-                         const float* b, float* sum, float* stats, K::E* to, Parallel parallel) {                   \
-    forward<K>(*s, x, branch, factor, w, b, sum, stats, to, parallel);                                              \
-  }                                                                                                                 \
-  void norm_again##END(const Shape* s, const float* x, const float* w, const float* b, const float* stats,          \
-                       K::E* to, Parallel parallel) {                                                               \
-    again<K>(*s, x, w, b, stats, to, parallel);                                                                     \
-  }                                                                                                                 \
-  void norm_backward##END(const Shape* s, const float* x, const float* w, const float* stats, const K::E* grad,     \
-                          const float* stream, const float* factor, float* dx, K::E* dbranch, float* parts,         \
-                          float* grads, Parallel parallel) {                                                        \
-    backward<K>(*s, x, w, stats, grad, stream, factor, dx, dbranch, parts, grads, parallel);                        \
-  }                                                                                                                 \
-  void norm_scaled##END(const Shape* s, const float* x, const float* factor, K::E* to, Parallel parallel) {         \
-    scaled<K>(*s, x, factor, to, parallel);                                                                         \
-  }                                                                                                                 \
-  void norm_onto##END(const Shape* s, const K::E* x, const float* w, const float* b, const Rows* base,              \
-                      float* stats, const Rows* to, Parallel parallel) {                                            \
-    onto<K>(*s, x, w, b, *base, stats, *to, parallel);                                                              \
-  }                                                                                                                 \
-  void norm_onto_back##END(const Shape* s, const K::E* x, const float* w, const float* stats, const Rows* grad,     \
-                           K::E* dx, float* parts, float* grads, Parallel parallel) {                               \
-    onto_back<K>(*s, x, w, stats, *grad, dx, parts, grads, parallel);                                               \
+// there, or not wanted. Gives 0.
+#define FUNCTIONS(K, END)                                                                                             \
+  int norm_forward##END(const Shape* s, const float* x, const K::E* branch, const float* factor, const float* w,      \
+                        const float* b, float* sum, float* stats, K::E* to, Parallel parallel) {                      \
+    return guarded([&] { forward<K>(*s, x, branch, factor, w, b, sum, stats, to, parallel); });                       \
+  }                                                                                                                   \
+  int norm_again##END(const Shape* s, const float* x, const float* w, const float* b, const float* stats,             \
+                      K::E* to, Parallel parallel) {                                                                  \
+    return guarded([&] { again<K>(*s, x, w, b, stats, to, parallel); });                                              \
+  }                                                                                                                   \
+  int norm_backward##END(const Shape* s, const float* x, const float* w, const float* stats, const K::E* grad,        \
+                         const float* stream, const float* factor, float* dx, K::E* dbranch, float* parts,            \
+                         float* grads, Parallel parallel) {                                                           \
+    return guarded([&] { backward<K>(*s, x, w, stats, grad, stream, factor, dx, dbranch, parts, grads, parallel); }); \
+  }                                                                                                                   \
+  int norm_scaled##END(const Shape* s, const float* x, const float* factor, K::E* to, Parallel parallel) {            \
+    return guarded([&] { scaled<K>(*s, x, factor, to, parallel); });                                                  \
+  }                                                                                                                   \
+  int norm_onto##END(const Shape* s, const K::E* x, const float* w, const float* b, const Rows* base,                 \
+                      float* stats, const Rows* to, Parallel parallel) {                                              \
+    return guarded([&] { onto<K>(*s, x, w, b, *base, stats, *to, parallel); });                                       \
+  }                                                                                                                   \
+  int norm_onto_back##END(const Shape* s, const K::E* x, const float* w, const float* stats, const Rows* grad,        \
+                          K::E* dx, float* parts, float* grads, Parallel parallel) {                                  \
+    return guarded([&] { onto_back<K>(*s, x, w, stats, *grad, dx, parts, grads, parallel); });                        \
   }
 
 extern "C" {
