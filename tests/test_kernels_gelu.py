@@ -62,7 +62,7 @@ def gradients(block: Mlp, forward: Any, x: Tensor, low: bool = False) -> list[Te
 @pytest.mark.parametrize("size", [1, 15, 16, 100, 70001])
 def test_gelu_and_its_gradient(dtype: torch.dtype, size: int) -> None:
     """As near to float64 as torch's own to half a unit of float32, far out too, and the same in two threads."""
-    if not gelu.available(dtype):
+    if not native.has("gelu", dtype):
         pytest.skip("no kernel for this precision")
     x, grad = (draw(size) * 4).to(dtype), draw(size + 1)[1:].to(dtype)
     x[: min(size, 6)] = torch.tensor([-40.0, 40.0, 0.0, -5.3, 5.3, -0.01])[: min(size, 6)].to(dtype)
@@ -90,7 +90,7 @@ def test_gelu_and_its_gradient(dtype: torch.dtype, size: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mlp_in_training(dtype: torch.dtype, calls: list[str]) -> None:
     """Its gradients are as near to float64's as torch's own; it keeps its input and the hidden tokens alone."""
-    if not gelu.available(dtype):
+    if not native.has("gelu", dtype):
         pytest.skip("no kernel for this precision")
     block, x, low = mlp(), draw(4, 50, 24), dtype is torch.bfloat16
     double = copy.deepcopy(block).double()

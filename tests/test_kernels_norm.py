@@ -36,7 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def need(dtype: torch.dtype) -> None:
-    if native.library() is None or (dtype is torch.bfloat16 and not hasattr(native.library(), "norm_forward_bf16")):
+    if not native.has("norm_forward", dtype):
         pytest.skip("no kernel for this precision")
 
 

@@ -136,8 +136,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     few = q.shape[2] < FEW <= k.shape[2] and (k.shape[2] > SHORT or q.shape[0] * q.shape[1] < MANY)
     if not all(reads(x) for x in (q, k, v)) or (few and not low):
         return False
-    library = native.library()
-    return library is not None and (not low or hasattr(library, "attention_forward_bf16"))
+    return native.has("attention_forward", q.dtype)
 
 
 def reads(x: Tensor) -> bool:

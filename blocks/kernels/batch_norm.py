@@ -42,8 +42,7 @@ def serves(bn: nn.BatchNorm2d, map: Tensor) -> bool:
 
 
 def available(dtype: torch.dtype) -> bool:
-    library = native.library()
-    return library is not None and hasattr(library, "batch_norm_bf16" if dtype is torch.bfloat16 else "batch_norm")
+    return native.has("batch_norm", dtype)
 
 
 def count(bn: nn.BatchNorm2d) -> None:

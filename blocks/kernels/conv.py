@@ -46,8 +46,7 @@ def serves(layer: nn.Conv2d, map: Tensor, dtype: torch.dtype) -> bool:
         return False
     if dtype not in DTYPES or not map.is_contiguous(memory_format=torch.channels_last):
         return False
-    library = native.library()
-    return library is not None and (dtype is not torch.bfloat16 or hasattr(library, "conv_forward_bf16"))
+    return native.has("conv_forward", dtype)
 
 
 def faster(map: Tensor, groups: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -24,28 +23,21 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
     dtype = torch.bfloat16 if low else torch.float32
     if x.dtype is not dtype or weight.dtype is not torch.float32 or flops <= products.FLOOR:
         return None
-    if (not low and torch.is_autocast_enabled("cpu")) or not products.faster(flops, dtype) or not available(dtype):
+    if (
+        (not low and torch.is_autocast_enabled("cpu"))
+        or not products.faster(flops, dtype)
+        or not native.has("gelu", dtype)
+    ):
         return None
     return _GeluLinear.apply(x, weight, bias)
 
 
-def available(dtype: torch.dtype) -> bool:
-    library = native.library()
-    return library is not None and hasattr(library, name(dtype))
-
-
-def name(dtype: torch.dtype) -> str:
-    return "gelu_bf16" if dtype is torch.bfloat16 else "gelu"
-
-
 def activated(x: Tensor, grad: Tensor | None = None) -> Tensor:
     """GELU(x); and of `grad`, its gradient, it makes the gradient of x in place. Both contiguous."""
-    library, made = native.library(), torch.empty_like(x)
-    assert library is not None
+    made = torch.empty_like(x)
     assert x.is_contiguous()
     assert grad is None or grad.is_contiguous()
-    places = (None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (x, grad, made))
-    getattr(library, name(x.dtype))(*places, ctypes.c_int64(x.numel()), torch.get_num_threads(), native.threads())
+    native.call("gelu", x.dtype, x, grad, made, x.numel())
     return made
 
 

@@ -122,6 +122,15 @@ def threads() -> ctypes.c_void_p:
     return ctypes.c_void_p()
 
 
+def has(name: str, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel of that name for float32 or bfloat16."""
+    return hasattr(library(), _named(name, dtype))
+
+
+def _named(name: str, dtype: torch.dtype) -> str:
+    return f"{name}_bf16" if dtype is torch.bfloat16 else name
+
+
 Part = Tensor | ctypes.Structure | ctypes.Array[Any] | None
 
 
@@ -134,7 +143,7 @@ def run(name: str, dtype: torch.dtype, *parts: Part) -> None:
     given = [
         part.data_ptr() if isinstance(part, Tensor) else None if part is None else ctypes.byref(part) for part in parts
     ]
-    kernel = _taking(library(), f"{name}_bf16" if dtype is torch.bfloat16 else name, len(given) + 1)
+    kernel = _taking(library(), _named(name, dtype), len(given) + 1)
     if kernel(*given, threads()):
         raise MemoryError(f"{name} had no memory to work in")
 
@@ -161,6 +170,6 @@ def call(name: str, dtype: torch.dtype, *args: Tensor | ctypes.Array[Any] | floa
             given.append(ctypes.c_int64(arg))
         else:
             given.append(arg if arg is None else ctypes.c_double(arg))
-    kernel = getattr(library(), f"{name}_bf16" if dtype is torch.bfloat16 else name)
+    kernel = getattr(library(), _named(name, dtype))
     if kernel(*given, torch.get_num_threads(), threads()):
         raise MemoryError(f"{name} had no memory to work in")

@@ -30,8 +30,7 @@ def serves(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
         return False
     if not all(t is None or (t.is_contiguous() and t.numel()) for t in tensors):
         return False
-    library = native.library()
-    return library is not None and (dtype is not torch.bfloat16 or hasattr(library, "norm_forward_bf16"))
+    return native.has("norm_forward", dtype)
 
 
 def reads(x: Tensor) -> bool:

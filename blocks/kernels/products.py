@@ -136,9 +136,9 @@ def _serves(first: Tensor, second: Tensor, *whole: int) -> bool:
 @cache
 def kernel(dtype: torch.dtype) -> bool:
     """Whether there is a kernel for this precision; in bfloat16 oneDNN is faster where the processor has tiles."""
-    if dtype is torch.bfloat16:
-        return hasattr(native.library(), "gemm_bf16") and not torch.cpu._is_amx_tile_supported()
-    return dtype is torch.float32 and native.library() is not None
+    if dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return False
+    return dtype in (torch.float32, torch.bfloat16) and native.has("gemm", dtype)
 
 
 def _call(

@@ -48,13 +48,13 @@ void either(const void* x, void* grad, void* to, int64_t size, int threads, Para
 extern "C" {
 
 // `grad` is null, or overwritten.
-void gelu(const void* x, void* grad, void* to, int64_t size, int threads, Parallel parallel) {
-  either<Full>(x, grad, to, size, threads, parallel);
+int gelu(const void* x, void* grad, void* to, int64_t size, int threads, Parallel parallel) {
+  return guarded([&] { either<Full>(x, grad, to, size, threads, parallel); });
 }
 
 #ifdef __AVX512BF16__
-void gelu_bf16(const void* x, void* grad, void* to, int64_t size, int threads, Parallel parallel) {
-  either<Half>(x, grad, to, size, threads, parallel);
+int gelu_bf16(const void* x, void* grad, void* to, int64_t size, int threads, Parallel parallel) {
+  return guarded([&] { either<Half>(x, grad, to, size, threads, parallel); });
 }
 #endif
 }
