@@ -22,6 +22,7 @@ SHAPES = [
     (3, 96, 96, 3, 13, 12),
     (2, 64, 128, 2, 5, 14),
     (1, 64, 64, 2, 90, 57),
+    (1, 96, 64, 1, 6, 7),
 ]
 LIES = torch.channels_last
 
@@ -62,7 +63,7 @@ def test_convolutions(form: str, b: int, inp: int, out: int, groups: int, h: int
     assert got.dtype is dtype
     assert error(got, want) < tolerance
     assert error(kernel.conv(map, weight, bias, groups, relu=True), want.relu()) < tolerance
-    assert error(kernel.grad_map(grad, weight, groups), dmap) < tolerance
+    assert error(kernel.conv(grad, weight, None, groups, turned=True), dmap) < tolerance
     assert error(kernel.grad_weight(map, grad, groups), dweight) < 2e-6  # in float32 whatever the precision
 
 
@@ -90,8 +91,12 @@ def test_a_layer(groups: int, side: int, autocast: bool, monkeypatch: pytest.Mon
             pytest.skip("no kernel")
         found, plain = (grads(act, conv, map) for act in (lambda x: kernel.convolved(conv, x), conv))
         kept = grads(lambda x: checkpoint(kernel.convolved, conv, x, use_reentrant=False), conv, map)
-    fast = groups > 1 and side >= kernel.SIDE
-    assert calls[: len(calls) // 2] == (["conv_forward"] * 2 if fast else []) + ["conv_weight"]
+    forward = ["conv_forward"] if groups > 1 and side >= kernel.SIDE else []
+    if not autocast:
+        forward = ["winograd_filters", "winograd_forward"]
+    wanted = [*forward, *forward, "conv_weight" if autocast else "winograd_weight"]
+    assert calls[: len(wanted)] == wanted
+    assert len(calls) == len([*wanted, *forward, *wanted])  # the second time the forward is done again
     for got, want, again in zip(found, plain, kept, strict=True):
         assert got.dtype is want.dtype
         assert error(got, want.double()) < (1e-2 if autocast else 1e-6)
@@ -118,6 +123,7 @@ def test_what_the_kernel_leaves_to_torch() -> None:
         nn.Conv2d(64, 48, 3, padding=1, bias=False),
     ]
     assert not any(kernel.serves(other, map, torch.float32) for other in others)
+    assert not kernel.faster(56, draw(64, 96, 3, 3), 1, torch.float32)
     for wrong in (map.contiguous(), map.double(), map[:0], map.to("meta")):
         assert not kernel.serves(layer(), wrong, torch.float32)
     conv, seen = layer(), []

@@ -122,6 +122,7 @@ def test_the_sum_of_many(form: str) -> None:
 
 
 def test_the_same_bits_with_more_threads() -> None:
+    """But for the gradient of a small weight over many rows, of which each thread has a part."""
     if not products.kernel(torch.float32):
         pytest.skip("no kernel")
     x, weight, grad, threads = draw(700, 256), draw(384, 256), draw(700, 384), torch.get_num_threads()

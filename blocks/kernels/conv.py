@@ -1,6 +1,7 @@
 """3×3 convolutions of stride 1 on maps that lie by channels, on the CPU, where a kernel is faster than oneDNN.
 
-That is in groups of some channels, and everywhere for the gradient of the weight (`cpp/conv.cpp`).
+In float32 and with few channels in a group that is Winograd's form, which takes less than half the products
+(`cpp/winograd.cpp`); else `cpp/conv.cpp` in groups, and everywhere for the gradient of the weight.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from blocks.kernels.linear import DTYPES, eager, precision, unhooked
 # Channels of a group come in such numbers.
 LANES = 32
 
-# On smaller maps the border weighs too much.
+# On smaller maps the border weighs too much, but in Winograd's form.
 SIDE = 20
+
+# Channels of a group in times out, whose filters in Winograd's form stay in the processor's cache.
+FEW = 64 * 64
 
 
 class Shape(ctypes.Structure):
     _fields_ = [("batch", ctypes.c_int64)] + [
-        (name, ctypes.c_int32) for name in ("height", "width", "groups", "inp", "out", "threads", "relu")
+        (name, ctypes.c_int32) for name in ("height", "width", "groups", "inp", "out", "threads", "flag")
     ]
 
 
@@ -46,38 +50,53 @@ def serves(layer: nn.Conv2d, map: Tensor, dtype: torch.dtype) -> bool:
         return False
     if dtype not in DTYPES or not map.is_contiguous(memory_format=torch.channels_last):
         return False
-    return native.has("conv_forward", dtype)
+    return native.has("conv_weight", dtype)
 
 
-def faster(map: Tensor, groups: int) -> bool:
-    """Whether the kernel, where it serves, also convolves faster."""
-    return groups > 1 and map.shape[3] >= SIDE
+def faster(width: int, weight: Tensor, groups: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel, where it serves, also convolves maps of this width faster."""
+    if dtype is torch.float32:
+        return _minimal(weight.shape[1], weight.shape[0] // groups)
+    return groups > 1 and width >= SIDE
 
 
-def conv(map: Tensor, weight: Tensor, bias: Tensor | None, groups: int, relu: bool = False) -> Tensor:
-    """`F.conv2d(map, weight, bias, padding=1, groups=groups)`, and ReLU behind it, in the precision of the map."""
-    size, lies = (len(map), weight.shape[0], *map.shape[2:]), torch.channels_last
+def _minimal(inp: int, out: int) -> bool:
+    """Whether Winograd's form serves groups of so many channels."""
+    return inp * out <= FEW
+
+
+def conv(
+    map: Tensor, weight: Tensor, bias: Tensor | None, groups: int, relu: bool = False, turned: bool = False
+) -> Tensor:
+    """`F.conv2d(map, weight, bias, padding=1, groups=groups)`, and ReLU behind it, in the precision of the map.
+
+    Args:
+        turned: by the weight seen from the other side: what `map` is the gradient of has this for a gradient.
+    """
+    out, inp = weight.shape[0] // groups, weight.shape[1]
+    size, lies = (len(map), groups * (inp if turned else out), *map.shape[2:]), torch.channels_last
     made = torch.empty(size, dtype=map.dtype, memory_format=lies)
     bias = None if bias is None else bias.float().contiguous()
-    low = map.dtype is torch.bfloat16
-    # (groups, tap, words of channels in, out), in bfloat16 two of them in a word.
-    parts = weight.to(map.dtype).reshape(groups, -1, weight.shape[1] // (1 + low), 1 + low, 9)
-    parts = parts.permute(0, 4, 2, 1, 3).contiguous()
+    if map.dtype is torch.float32:
+        parts = weight.new_empty(groups, 16, *((out, inp) if turned else (inp, out)))
+        filters = Shape(0, 0, 0, groups, inp, out, torch.get_num_threads(), turned)
+        native.run("winograd_filters", map.dtype, filters, weight.contiguous(), parts)
+        native.run("winograd_forward", map.dtype, _shape(map, made, groups, relu), map, parts, bias, made)
+        return made
+    if turned:
+        weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flip(3, 4).flatten(0, 1)
+    # (groups, tap, pairs of channels in, out, both of a pair)
+    parts = weight.to(map.dtype).reshape(groups, -1, weight.shape[1] // 2, 2, 9).permute(0, 4, 2, 1, 3).contiguous()
     native.run("conv_forward", map.dtype, _shape(map, made, groups, relu), map, parts, bias, made)
     return made
-
-
-def grad_map(grad: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """The gradient of the map: a convolution by the weight seen from the other side."""
-    turned = weight.unflatten(0, (groups, -1)).transpose(1, 2).flip(3, 4).flatten(0, 1)
-    return conv(grad, turned, None, groups)
 
 
 def grad_weight(map: Tensor, grad: Tensor, groups: int) -> Tensor:
     """The gradient of the weight, in float32."""
     out, inp = grad.shape[1] // groups, map.shape[1] // groups
     made = map.new_empty(groups, 9, out, inp, dtype=torch.float32)
-    native.run("conv_weight", map.dtype, _shape(map, grad, groups), map, grad, made)
+    kernel = "winograd_weight" if map.dtype is torch.float32 and _minimal(inp, out) else "conv_weight"
+    native.run(kernel, map.dtype, _shape(map, grad, groups), map, grad, made)
     return made.permute(0, 2, 3, 1).reshape(groups * out, inp, 3, 3)
 
 
@@ -94,7 +113,7 @@ class _Conv(torch.autograd.Function):
         ctx.groups, ctx.dtype = groups, map.dtype
         map = map.to(dtype)
         ctx.save_for_backward(map, weight)
-        if faster(map, groups):
+        if faster(map.shape[3], weight, groups, dtype):
             return conv(map, weight, None, groups)
         with torch.autocast("cpu", enabled=False):
             return F.conv2d(map, weight.to(dtype), padding=1, groups=groups)
@@ -111,8 +130,8 @@ class _Conv(torch.autograd.Function):
                 return next(found) if need_map else None, next(found) if need_weight else None, None, None
             grad = grad.contiguous(memory_format=torch.channels_last)
             dmap = None
-            if need_map and faster(map, ctx.groups):
-                dmap = grad_map(grad, weight, ctx.groups)
+            if need_map and faster(map.shape[3], weight, ctx.groups, map.dtype):
+                dmap = conv(grad, weight, None, ctx.groups, turned=True)
             elif need_map:
                 at = ((1, 1), (1, 1), (1, 1), False, (0, 0), ctx.groups, (True, False, False))
                 dmap = torch.ops.aten.convolution_backward(grad, map, weight.to(map.dtype), None, *at)[0]

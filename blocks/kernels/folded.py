@@ -61,8 +61,9 @@ class Folded(NamedTuple):
 
     def __call__(self, map: Tensor) -> Tensor:
         relu, dtype = type(self.act) is ReLU, self.weight.dtype
-        if kernel.serves(self.conv, map, dtype) and kernel.faster(map, self.conv.groups):
-            map = kernel.conv(map.to(dtype), self.weight, self.bias, self.conv.groups, relu)
+        groups = self.conv.groups
+        if kernel.serves(self.conv, map, dtype) and kernel.faster(map.shape[3], self.weight, groups, dtype):
+            map = kernel.conv(map.to(dtype), self.weight, self.bias, groups, relu)
         elif dtype in DTYPES and onednn.fuses(dtype):
             map = onednn.conv(map.to(dtype), self.weight, self.bias, self.conv, relu)
         else:

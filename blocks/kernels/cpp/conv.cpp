@@ -15,7 +15,7 @@ constexpr int ROOM = 384 * 1024, SMALL = 192 * 1024;  // bytes of a strip, forwa
 
 struct Shape {  // as in conv.py; `in` and `out` of a group
   int64_t batch;
-  int32_t height, width, groups, in, out, threads, relu;
+  int32_t height, width, groups, in, out, threads, flag;  // flag: ReLU behind it
 
   int line() const { return width + 2; }
   int taps(int tap) const { return tap / 3 * line() + tap % 3; }
@@ -107,7 +107,7 @@ void forward(const Shape& s, const void* map, const Word* weight, const float* b
         for (int r = 0; r < HIGH; ++r)
           for (int v = 0; v < 2; ++v) {
             y[r][v] += shift[v];
-            if (s.relu) y[r][v] = max(y[r][v], set(0.0f));
+            if (s.flag) y[r][v] = max(y[r][v], set(0.0f));
           }
         int i = q / s.line(), j = q % s.line();
         for (int r = 0; r < HIGH && i < at.rows; ++r) {
@@ -196,18 +196,19 @@ void any_forward(const Shape& s, const void* map, const Word* weight, const floa
 
 extern "C" {
 
-// `in` and `out` are multiples of 32. The weight: (groups, tap, words of in, out).
-#define KERNELS(KIND, NAME)                                                                                          \
-  int conv_forward##NAME(const Shape* s, const void* map, const float* weight, const float* bias, void* to, \
-                         Parallel parallel) {                                                                        \
-    return guarded([&] { any_forward<KIND>(*s, map, weight, bias, to, parallel); });                           \
-  }                                                                                                                  \
-  int conv_weight##NAME(const Shape* s, const void* map, const void* grad, float* to, Parallel parallel) {           \
-    return guarded([&] { weight_gradient<KIND>(*s, map, grad, to, parallel); });                                     \
-  }
+// `in` and `out` are multiples of 32. The weight: (groups, tap, pairs of in, out); in float32 winograd.cpp convolves.
+int conv_weight(const Shape* s, const void* map, const void* grad, float* to, Parallel parallel) {
+  return guarded([&] { weight_gradient<Full>(*s, map, grad, to, parallel); });
+}
 
-KERNELS(Full, )
 #ifdef __AVX512BF16__
-KERNELS(Half, _bf16)
+int conv_forward_bf16(const Shape* s, const void* map, const float* weight, const float* bias, void* to,
+                      Parallel parallel) {
+  return guarded([&] { any_forward<Half>(*s, map, weight, bias, to, parallel); });
+}
+
+int conv_weight_bf16(const Shape* s, const void* map, const void* grad, float* to, Parallel parallel) {
+  return guarded([&] { weight_gradient<Half>(*s, map, grad, to, parallel); });
+}
 #endif
 }

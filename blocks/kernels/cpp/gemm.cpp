@@ -13,6 +13,7 @@ namespace {
 constexpr int HIGH = LANES == 16 ? 12 : 6, VECTORS = 2, WIDE = VECTORS * LANES;  // of a tile, held in registers
 constexpr int BLOCK = 480 * 1024, MOST_PANELS = 16;                              // bytes and panels of a block
 constexpr int DEPTH = 544;  // words that a gradient of weights sums before it adds to memory
+constexpr int64_t SMALL = 128 * 1024;  // numbers of a gradient that each thread may have a part of its own of
 constexpr int PART = 256;  // words that are summed one by one, since rounding grows with their number
 constexpr int AHEAD = 8;    // words ahead of those that are packed: their rows lie too far apart to be foreseen
 
@@ -120,6 +121,43 @@ struct Ahead {
   int64_t pace;  // bytes for each word
 };
 
+// What a thread may want next: another block of the first factor, or of both factors the words behind these.
+template <class K, class EB>
+struct Later {
+  using EA = typename K::E;
+  struct Lines {  // in each tile one of them of each word
+    const char* at = nullptr;
+    int64_t count = 0, step = 0;
+  } first, second;
+  const char* rows;
+  int64_t pace = 0, words;
+
+  Later(const Factor& a, const Factor& b, const Size& size, int64_t row, int64_t next, int64_t high, int64_t from,
+        int64_t to, int64_t words, int64_t tiles)
+      : words(words) {
+    const bool more = next < size.m, on = !more && to < size.k;
+    rows = reinterpret_cast<const char*>(a.of<EA>(more ? next : row, from));
+    if (!a.turned) {
+      pace = (high * (to - from) * sizeof(EA) / tiles + words - 1) / words;
+    } else if (more || on) {
+      first = lines(more ? a.of<EA>(next, from) : a.of<EA>(0, to), std::min(high, size.m), a.step);
+      if (on && b.turned) second = lines(b.of<EB>(0, to), size.n, b.step);
+    }
+  }
+
+  template <class E>
+  static Lines lines(const E* at, int64_t count, int64_t step) {
+    return {reinterpret_cast<const char*>(at), (count * int64_t(sizeof(E)) + 63) / 64 * K::U, step * int64_t(sizeof(E))};
+  }
+
+  Ahead of(int64_t tile) const {
+    auto line = [](const Lines& l, int64_t i) { return Ahead{l.at + i / K::U * 64 + i % K::U * l.step, l.step * K::U}; };
+    if (tile < first.count) return line(first, tile);
+    if (tile - first.count < second.count) return line(second, tile - first.count);
+    return Ahead{rows + tile * words * pace, pace};
+  }
+};
+
 // Products of the panels' next words, for a tile.
 template <class K>
 inline void multiply(const float*& a, const float*& b, int64_t words, Ahead& ahead, V (&s)[HIGH][VECTORS]) {
@@ -148,10 +186,9 @@ void tile(const float* a, const float* b, int64_t words, int64_t part, const Res
   using E = typename K::E;
   const bool add = c.add || again, single = c.single || K::U == 1;
   auto place = [&](int r, int v) { return (row + r) * n + column + v * LANES; };
-  if (add)
-    for (int r = 0; r < rows; ++r)
-      for (int v = 0; v < vectors; ++v)
-        _mm_prefetch(static_cast<const char*>(c.at) + place(r, v) * (single ? sizeof(float) : sizeof(E)), _MM_HINT_T0);
+  for (int r = 0; r < rows; ++r)
+    for (int v = 0; v < vectors; ++v)
+      __builtin_prefetch(static_cast<const char*>(c.at) + place(r, v) * (single ? sizeof(float) : sizeof(E)), 0, 3);
   V s[HIGH][VECTORS];
   multiply<K>(a, b, std::min(words, part), ahead, s);
   for (int64_t done = part; done < words; done += part) {
@@ -249,20 +286,15 @@ void product(const Factor& a, const Factor& b, const Result& c, const Size& size
           for (int64_t r = row; r < last; r += HIGH)
             pack_along<K, EA, HIGH>(a, r, m, first, words, rows + (r - row) / HIGH * gap_a, HIGH);
         }
-        // The block that this thread may have next: in each of the first tiles a line of each word, or some of its rows.
         const int64_t from = panels * group / groups, to = panels * (group + 1) / groups;
         const int64_t tiles = (to - from) * ((last - row + HIGH - 1) / HIGH), next_row = row + threads * high / groups;
-        const char* later = reinterpret_cast<const char*>(next_row < m ? a.of<EA>(next_row, first) : a.of<EA>(row, first));
-        const int64_t bytes = high * (end - first) * sizeof(EA), pace = (bytes / tiles + words - 1) / words;
-        const int64_t lines = (high * sizeof(EA) + 63) / 64;
+        const Later<K, EB> later(a, b, size, row, next_row, high, first, end, words, tiles);
         int64_t count = 0;
         for (int64_t p = from; p < to; ++p)
           for (int64_t r = row; r < last; r += HIGH, ++count)
             tile<K>(rows + (r - row) / HIGH * gap_a, columns + p * gap_b, words, part, c, n, r,
                     int(std::min<int64_t>(HIGH, last - r)), p * WIDE,
-                    int(std::min<int64_t>(VECTORS, (n - p * WIDE) / LANES)), chunk > 0,
-                    a.turned ? Ahead{later + count % lines * 64, count < lines ? a.step * U * int64_t(sizeof(EA)) : 0}
-                             : Ahead{later + count * words * pace, pace});
+                    int(std::min<int64_t>(VECTORS, (n - p * WIDE) / LANES)), chunk > 0, later.of(count));
         if (c.sums && group == 0)
           for (int64_t r = row; r < last; r += HIGH)
             add_sums<K>(rows + (r - row) / HIGH * gap_a, words, c.sums + r, int(std::min<int64_t>(HIGH, last - r)));
@@ -271,20 +303,48 @@ void product(const Factor& a, const Factor& b, const Result& c, const Size& size
   }
 }
 
+// The same; of the gradient of a small weight each thread has a part, over rows of its own.
+template <class K, class EB>
+void in_parts(const Factor& a, const Factor& b, const Result& c, const Size& size, Parallel parallel) {
+  const int64_t m = size.m, n = size.n, k = size.k, each = m * n + m;
+  const int threads = int(std::min(size.threads, k / DEPTH));
+  if (threads < 2 || !a.turned || !b.turned || !c.single || m * n > SMALL)
+    return product<K, EB>(a, b, c, size, parallel);
+  std::unique_ptr<float[]> parts(new float[threads * each]);
+  run(threads, parallel, [&](int t) {
+    auto bound = [&](int64_t i) { return i == threads ? k : k * i / threads / K::U * K::U; };
+    const int64_t from = bound(t), to = bound(t + 1);
+    float* own = parts.get() + t * each;
+    product<K, EB>(Factor{a.of<typename K::E>(0, from), a.step, 1, a.single}, Factor{b.of<EB>(0, from), b.step, 1, b.single},
+                   Result{own, 1, 0, NONE, 0, nullptr, c.sums ? own + m * n : nullptr}, Size{m, n, to - from, 1}, parallel);
+  });
+  run(threads, parallel, [&](int t) {
+    auto add_up = [&](const float* own, int64_t count, float* to, bool add) {
+      for (int64_t i = count * t / threads; i < count * (t + 1) / threads; ++i) {
+        float sum = add ? to[i] : 0.0f;
+        for (int s = 0; s < threads; ++s) sum += own[s * each + i];
+        to[i] = sum;
+      }
+    };
+    add_up(parts.get(), m * n, static_cast<float*>(c.at), c.add);
+    if (c.sums) add_up(parts.get() + m * n, m, c.sums, false);
+  });
+}
+
 }  // namespace
 
 extern "C" {
 
 // n is whole vectors, and so are the words of a factor that is not turned. Gives 0, or 1 where memory ran out.
 int gemm(const Factor* a, const Factor* b, const Result* c, const Size* size, Parallel parallel) {
-  return guarded([&] { product<Full, float>(*a, *b, *c, *size, parallel); });
+  return guarded([&] { in_parts<Full, float>(*a, *b, *c, *size, parallel); });
 }
 
 #ifdef __AVX512BF16__
 int gemm_bf16(const Factor* a, const Factor* b, const Result* c, const Size* size, Parallel parallel) {
   return guarded([&] {
-    b->single ? product<Half, float>(*a, *b, *c, *size, parallel)
-              : product<Half, uint16_t>(*a, *b, *c, *size, parallel);
+    b->single ? in_parts<Half, float>(*a, *b, *c, *size, parallel)
+              : in_parts<Half, uint16_t>(*a, *b, *c, *size, parallel);
   });
 }
 #endif
