@@ -128,7 +128,7 @@ def entrants(name: str) -> tuple[Any, Any]:
 
 
 def entries(timm: Any, ours: Any, setting: Any, compiled: bool) -> list[Any]:
-    """timm as it is first, then its better forms, then ours."""
+    """timm as a script runs it first, then in its better forms, then ours."""
     from framework.bench.compare import Entry
     from framework.bench.nets import Form
 
@@ -139,7 +139,8 @@ def entries(timm: Any, ours: Any, setting: Any, compiled: bool) -> list[Any]:
         forms += [Form(compile=True), Form(channels_last=True, compile=True)]
         forms += [Form(channels_last=True, compile=True, freezing=True)] if infer else []
     own = [Form(), *([Form(compile=True)] if compiled else [])]
-    return [Entry(timm, form) for form in forms] + [Entry(ours, form) for form in own]
+    alone = [Entry(timm, alone=True)] if setting.device == "cpu" else []
+    return alone + [Entry(timm, form) for form in forms] + [Entry(ours, form) for form in own]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import weakref
@@ -15,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from framework.bench import compare, equal, harness, memory, nets, report
+from blocks.base import BuildError
+from framework.bench import compare, equal, harness, memory, nets, report, script
 from framework.bench.harness import Candidate, Section, Spread, Timing, race
 from framework.bench.nets import Form, Ours, Setting, Timm
 from framework.cli import main, parser
@@ -89,6 +91,19 @@ def test_an_act_may_time_itself() -> None:
     assert timing.seconds == [0.125, 0.125]
 
 
+def test_what_runs_elsewhere_is_timed_there() -> None:
+    counts: list[int] = []
+    clock = Clock()
+
+    def timed(count: int) -> float:
+        counts.append(count)
+        return 0.25 * count
+
+    here, there = race([clock.candidate("here", 1.0), Candidate("there", list, timed=timed)], clock, 2, least=1.0)
+    assert (here.seconds, there.seconds) == ([1.0, 1.0], [0.25, 0.25])
+    assert counts == [1, 1, 4, 4]
+
+
 def test_no_garbage_is_collected_while_the_clock_runs() -> None:
     seen: list[bool] = []
     race([Candidate("a", lambda: seen.append(gc.isenabled()))], Clock(), rounds=2, least=0)
@@ -124,6 +139,23 @@ def test_the_table_has_time_throughput_ratio_and_what_is_more(
     assert rows.count(["ours", "225 [213–238]", "35.6", "2.25 [2.12–2.38]", "–", "5.3e-07"]) == 2
     assert [row[0] for row in rows if row[0].startswith("batch")] == ["batch 8", "batch 1"]
     assert text.count("a note [with brackets]") == 1
+
+
+def test_among_several_rivals_the_best_is_told(section: Section, capsys: pytest.CaptureFixture[str]) -> None:
+    assert section.best is None
+    quick = Timing("timm, quick", 8, {}, [0.25, 0.3], rival=True)
+    section.timings[0].rival = True
+    section.timings.insert(1, quick)
+    assert section.best is quick
+    report.show([section])
+    rows = [line.replace("│", "┃").split("┃") for line in capsys.readouterr().out.splitlines()]
+    cells = {row[0].strip(): [cell.strip() for cell in row] for row in rows}
+    at = cells["batch 8"].index("as the best rival")
+    assert [cells[name][at] for name in ("timm", "timm, quick", "ours")] == ["–", "the best", "1.23 [1.21–1.24]"]
+    data = report.as_data(section)
+    assert data["best"] == "timm, quick"
+    assert data["candidates"][2]["times_as_fast_as_the_best"]["median"] == pytest.approx(1.225)
+    assert not any("times_as_fast_as_the_best" in row for row in data["candidates"][:2])
 
 
 def test_the_json_has_every_round_and_the_circumstances(section: Section, tmp_path: Path) -> None:
@@ -226,6 +258,27 @@ def test_equal_nets_are_raced_and_weighed(tiny: Tiny, timm_tnt: Timm, monkeypatc
             assert timing.extra["Δ logits"] <= 1e-4
             assert timing.extra["peak MiB"] == 3
             assert ("saved MiB/image" in timing.extra) == (mode == "training")
+
+
+def test_a_net_in_a_script_of_its_own(tiny: Tiny, timm_tnt: Timm) -> None:
+    made = compare.make([timm_tnt, Ours.of(tiny())], strict=True)
+    for mode in ("inference", "training"):
+        at = Setting(mode, "float32", 2, 1, "cpu")
+        entries = [compare.Entry(timm_tnt, alone=True), compare.Entry(timm_tnt)]
+        there, here = compare.compare(entries, made, at, 1, weigh=False).timings
+        assert there.name == "timm, in a script of its own"
+        assert there.rival
+        assert len(there.seconds) == 1
+        assert there.seconds[0] > 0
+        assert there.extra["Δ logits"] == here.extra["Δ logits"] == 0.0
+    assert not multiprocessing.active_children()
+
+
+def test_a_script_that_fails_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="big: the process that ran it was killed; give a smaller batch"):
+        script.Script(Killed("big", {}, Image(4, 1), 0, 0), Form(), CPU)
+    with pytest.raises(BuildError, match="--against: timm has no net 'resnet18x'"):
+        script.Script(Timm("timm", "resnet18x", Image(32, 3), 10), Form(), CPU)
 
 
 def test_bfloat16_is_autocast_or_everything(tiny: Tiny, timm_tnt: Timm) -> None:

@@ -167,8 +167,8 @@ def mlp_onto(norm: Norm, mlp: nn.Module, x: Tensor) -> Tensor | None:
     weight, bias = (t.to(dtype) for t in first)
     weight2, bias2 = mlp.fc2.weight, mlp.fc2.bias
     rows = x.view(-1, x.shape[-1])
-    count = max(ROWS, HIDDEN // mlp.fc1.out_features)
-    for piece in rows.split(count):
+    most = max(ROWS, HIDDEN // mlp.fc1.out_features)
+    for piece in rows.tensor_split(-(-len(rows) // most) or 1):  # of one size: few rows are multiplied slowly
         hidden = linear_relu(piece, weight, bias)
         if products.faster(2.0 * hidden.numel() * rows.shape[1], dtype):
             products.forward(hidden, weight2, bias2, onto=piece)

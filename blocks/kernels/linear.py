@@ -141,7 +141,7 @@ def in_pieces(make: Callable[[Tensor], Tensor], x: Tensor, hidden: int) -> Tenso
     rows = x.numel() // x.shape[-1]
     if 4 * rows * hidden <= LARGE:
         return make(x)
-    made = torch.cat([make(piece) for piece in x.reshape(rows, -1).split(ROWS)])
+    made = torch.cat([make(piece) for piece in x.reshape(rows, -1).tensor_split(-(-rows // ROWS))])
     return made.view(*x.shape[:-1], made.shape[-1])
 
 

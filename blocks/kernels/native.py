@@ -61,6 +61,16 @@ def capability() -> str:
     return "AVX512_BF16" if found == "AVX512" and multiplies() else found
 
 
+def processor() -> str:
+    """The processor's name, family and model: makers sell unlike ones under one name."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        if "model name" in found:
+            return f"{found['model name']} {found.get('cpu family', '')}.{found.get('model', '')}"
+    return platform.processor() or platform.machine()
+
+
 def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tessera"
 

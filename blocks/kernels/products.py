@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import json
 import os
-import platform
 import tempfile
 import time
 from functools import cache
@@ -176,7 +175,7 @@ def _smallest() -> float:
     if not (kernel(torch.float32) or onednn.multiplies(torch.float32)):
         return float("inf")
     file = native.cache_folder() / "products.json"
-    key = f"{_processor()}, torch {torch.__version__}, {'kernel' if kernel(torch.float32) else 'oneDNN'}"
+    key = f"{native.processor()}, torch {torch.__version__}, {'kernel' if kernel(torch.float32) else 'oneDNN'}"
     known = _read(file)
     if key not in known:
         found = _measure()
@@ -226,16 +225,6 @@ def _ratio(rows: int, width: int, out: int, budget: float = 0.05, rounds: int = 
         if i >= 3 and time.thread_time() - begin > budget:
             break
     return best[blas] / best[ours]
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        found = dict(line.split(":", 1) for line in lines if ":" in line)
-        found = {name.strip(): value.strip() for name, value in found.items()}
-        if "model name" in found:
-            return f"{found['model name']} {found.get('cpu family', '')}.{found.get('model', '')}"
-    return platform.processor() or platform.machine()
 
 
 def _read(file: Path) -> dict[str, float | None]:

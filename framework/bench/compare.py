@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 
@@ -16,6 +16,7 @@ from framework.bench import equal
 from framework.bench.harness import Candidate, Section, Timing, race, threads
 from framework.bench.memory import peak, saved_bytes
 from framework.bench.nets import Entrant, Form, Setting, Timm, formed, images_for, inputs, loss, step
+from framework.bench.script import Script
 from framework.compiled import forget
 from framework.data.base import Image
 from framework.errors import ConfigError
@@ -26,14 +27,21 @@ LATENCY = 5
 
 @dataclass(frozen=True)
 class Entry:
-    """A net, and one of the forms in which it runs."""
+    """A net, and one of the forms in which it runs.
+
+    Args:
+        entrant: the net.
+        form: how it is run.
+        alone: whether in a process of its own, where nothing is set for it.
+    """
 
     entrant: Entrant
     form: Form = field(default_factory=Form)
+    alone: bool = False
 
     @property
     def name(self) -> str:
-        return ", ".join(filter(None, (self.entrant.name, self.form.name)))
+        return ", ".join(filter(None, (self.entrant.name, self.form.name, self.alone * "in a script of its own")))
 
 
 @dataclass
@@ -137,7 +145,7 @@ def compare(
     torch.backends.cudnn.benchmark = True
     heading, part = ": ".join(filter(None, (title, setting.title))), f"batch {setting.batch}"
     what = ": ".join(filter(None, (place, f"{heading}, {part}")))
-    with threads(setting.threads), telling(what) as say, enough_memory(setting):
+    with threads(setting.threads), telling(what) as say, enough_memory(setting), ExitStack() as stack:
         name, first = next(iter(made.nets.items()))
         few = replace(setting, dtype="float32", batch=setting.batch if setting.mode == "inference" else 2)
         with exact():
@@ -145,9 +153,9 @@ def compare(
         candidates = []
         for entry in entries:
             say(entry.name)
-            candidates.append(_candidate(entry, made, (name, reference), setting))
+            candidates.append(_candidate(entry, made, (name, reference), setting, stack))
         for entry, candidate in zip(entries, candidates, strict=True):
-            if weigh:
+            if weigh and not entry.alone:
                 say(f"{entry.name}: memory")
                 candidate.extra.update(weight(entry, made, setting))
         say(f"{rounds} rounds")
@@ -158,13 +166,19 @@ def compare(
     return Section(heading, setting.clock, timings, list(made.notes), asdict(setting), part)
 
 
-def _candidate(entry: Entry, made: Made, truth: tuple[str, Tensor], setting: Setting) -> Candidate:
+def _candidate(entry: Entry, made: Made, truth: tuple[str, Tensor], setting: Setting, stack: ExitStack) -> Candidate:
     """An entry as a candidate: with the weights of `made`, its logits compared with those of `truth`."""
     entrant, form = entry.entrant, entry.form
     name, reference = truth
-    act = step(formed(deepcopy(made.nets[entrant.name]), form, setting), form, setting, entrant.image)
+    if entry.alone:
+        script = stack.enter_context(closing(Script(entrant, form, setting)))
+        timed, act = script, script.last
+    else:
+        timed = None
+        act = step(formed(deepcopy(made.nets[entrant.name]), form, setting), form, setting, entrant.image)
+    candidate = Candidate(entry.name, act, setting.batch, {}, timed, isinstance(entrant, Timm))
     if entrant.name not in made.equal:
-        return Candidate(entry.name, act, setting.batch)
+        return candidate
     with exact():
         if setting.mode == "inference":
             logits = act().float()
@@ -172,7 +186,7 @@ def _candidate(entry: Entry, made: Made, truth: tuple[str, Tensor], setting: Set
             few = replace(setting, batch=len(reference))
             logits = logits_of(made.nets[entrant.name], entrant.image, replace(form, compile=False), few)
     apart = equal.check(entry.name, logits, f"{name} in float32", reference, setting.dtype)
-    return Candidate(entry.name, act, setting.batch, {"Δ logits": apart} if len(made.nets) > 1 else {})
+    return replace(candidate, extra={"Δ logits": apart} if len(made.nets) > 1 else {})
 
 
 def weight(entry: Entry, made: Made, setting: Setting) -> dict[str, float]:

@@ -65,6 +65,8 @@ class Candidate:
     Args:
         name: of its row.
         act: done once or more in each round.
+        timed: gives the seconds of so many acts, where the race's stopwatch cannot: they are done in another process.
+        rival: whether it is one of those that the others are held against.
         images: how many one act takes; 0 where it takes none.
         extra: further numbers of its row, by the head of their column.
     """
@@ -73,6 +75,8 @@ class Candidate:
     act: Act
     images: int = 0
     extra: dict[str, float] = field(default_factory=dict)
+    timed: Callable[[int], float] | None = None
+    rival: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class Timing:
     images: int
     extra: dict[str, float]
     seconds: list[float] = field(default_factory=list)
+    rival: bool = False
 
     @property
     def spread(self) -> Spread:
@@ -132,6 +137,12 @@ class Section:
     setting: dict[str, Any] = field(default_factory=dict)
     part: str = ""
 
+    @property
+    def best(self) -> Timing | None:
+        """The fastest rival, where there are several."""
+        rivals = [timing for timing in self.timings if timing.rival]
+        return min(rivals, key=lambda timing: timing.spread.median) if len(rivals) > 1 else None
+
 
 def race(
     candidates: Sequence[Candidate],
@@ -149,14 +160,14 @@ def race(
         warm_up: rounds before them, which do not; the last of them tells how often a quick act is repeated.
         least: seconds below which an act is repeated within a round.
     """
-    timings = [Timing(candidate.name, candidate.images, dict(candidate.extra)) for candidate in candidates]
+    timings = [Timing(one.name, one.images, dict(one.extra), rival=one.rival) for one in candidates]
     repeats = [1] * len(candidates)
     with without_gc():
         for number in range(-warm_up, rounds):
             order = range(len(candidates))
             for place in order if (number + warm_up) % 2 == 0 else reversed(order):
-                act = candidates[place].act
-                seconds = stopwatch(act if repeats[place] == 1 else repeated(act, repeats[place])) / repeats[place]
+                one, count = candidates[place], repeats[place]
+                seconds = (one.timed(count) if one.timed else stopwatch(repeated(one.act, count))) / count
                 if number >= 0:
                     timings[place].seconds.append(seconds)
                 elif number == -1:
@@ -166,6 +177,9 @@ def race(
 
 
 def repeated(act: Act, count: int) -> Act:
+    if count == 1:
+        return act
+
     def again() -> None:
         for _ in range(count):
             act()

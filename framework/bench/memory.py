@@ -8,6 +8,7 @@ import multiprocessing
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import torch
@@ -77,14 +78,20 @@ def peak(entrant: Entrant, form: Form, setting: Setting) -> int | None:
     """
     if setting.device == "cuda":
         return _peak(entrant, form, setting)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["framework.bench.memory", "timm"])
+    context = fresh_processes()
     # At Ctrl-C it ends without a word.
     with ProcessPoolExecutor(1, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
         try:
             return pool.submit(_peak, entrant, form, setting).result()
         except BrokenProcessPool as error:
             raise ConfigError(f"{entrant.name}: what measures its memory was killed; give a smaller batch") from error
+
+
+def fresh_processes() -> ForkServerContext:
+    """What starts processes that have torch and timm, and nothing of what this one has done to them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["framework.bench.memory", "timm"])
+    return context
 
 
 def _peak(entrant: Entrant, form: Form, setting: Setting) -> int | None:

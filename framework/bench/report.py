@@ -38,17 +38,22 @@ def ranged(spread: Spread) -> str:
 
 
 def table(parts: Sequence[Section]) -> Table:
-    """Sections with one title as Rich's table: milliseconds, images a second, times as fast as the first, and more."""
+    """Sections with one title as Rich's table: milliseconds, images a second, times as fast as the first, and more.
+
+    Where there are several rivals, also what is none of them as against the best of them.
+    """
     from rich.markup import escape
     from rich.table import Table
 
     one = parts[0]
     timings = [timing for part in parts for timing in part.timings]
     images, compared = any(timing.images for timing in timings), len(one.timings) > 1
+    rivals = any(part.best for part in parts)
     extra = list(dict.fromkeys(name for timing in timings for name in timing.extra))
     made = Table(title=escape(f"{one.title}, {one.clock}"), title_justify="left", title_style="bold", show_edge=False)
     made.add_column(escape(one.part) if len(parts) == 1 else "", no_wrap=True)
     heads = ["ms", *(["images/s"] if images else []), *(["times as fast"] if compared else [])]
+    heads += ["as the best rival"] if rivals else []
     for head in (*heads, *extra):
         made.add_column(escape(head), justify="right")
     for part in parts:
@@ -60,9 +65,16 @@ def table(parts: Sequence[Section]) -> Table:
             row += [number(timing.images_per_s) if timing.images else NOTHING] if images else []
             first = part.timings[0]
             row += ["1" if timing is first else ranged(timing.times_as_fast(first))] if compared else []
+            row += [_of_the_best(timing, part.best)] if rivals else []
             row += [number(timing.extra[name]) if name in timing.extra else NOTHING for name in extra]
             made.add_row(escape(timing.name), *row)
     return made
+
+
+def _of_the_best(timing: Timing, best: Timing | None) -> str:
+    if best is None or timing.rival:
+        return "the best" if timing is best else NOTHING
+    return ranged(timing.times_as_fast(best))
 
 
 def _milliseconds(timing: Timing) -> str:
@@ -102,8 +114,11 @@ def as_data(section: Section) -> dict[str, Any]:
             row |= {"images": timing.images, "images_per_s": timing.images_per_s}
         if timing is not first:
             row["times_as_fast"] = asdict(timing.times_as_fast(first))
+        if section.best and not timing.rival:
+            row["times_as_fast_as_the_best"] = asdict(timing.times_as_fast(section.best))
         rows.append({**row, **timing.extra, "rounds": timing.seconds})
     named = {"title": section.title, "part": section.part, "clock": section.clock, **section.setting}
+    named |= {"best": section.best.name} if section.best else {}
     return {**named, "reference": first.name, "notes": section.notes, "candidates": rows}
 
 
