@@ -42,6 +42,7 @@ def liven(net: nn.Module, images: Tensor) -> None:
             norm.momentum = 1.0
         if norms:
             with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # stochastic depth draws, and another process should get the same weights
                 net.train()(images)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
