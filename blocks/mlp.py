@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocks.base import Act, ActFactory, FeedForward, Grid, Site, linear
 from blocks.kernels.gelu import gelu_linear
+from blocks.kernels.layers import two_layers
 from blocks.kernels.linear import Linear, eager, in_pieces, linear_gelu, recomputable, unhooked
+from blocks.kernels.linear import linear as fast_linear
 
 
 class GELU(Act):
@@ -48,8 +48,9 @@ class QuickGELU(Act):
         return x * torch.sigmoid(1.702 * x)
 
 
-# What may be applied to some tokens at a time.
+# What may be applied to some tokens at a time, and of that what a kernel knows.
 ELEMENTWISE = (GELU, ReLU, SiLU, Hardswish, QuickGELU)
+KERNELS: dict[type[Act], str] = {GELU: "gelu", ReLU: "relu"}
 
 
 def round_width(width: float, to: int) -> int:
@@ -90,19 +91,24 @@ class Mlp(FeedForward):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        return self.behind(self.fc1, x)
+        if type(self.fc1) is Linear and unhooked(self.fc1):
+            return self.behind(self.fc1.weight, self.fc1.bias, x)
+        return self._rest(self.fc1(x))
 
-    def behind(self, first: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The MLP with `first` for its first layer."""
-        plain = type(self.fc1) is type(self.fc2) is Linear and unhooked(*self.children())
+    def behind(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        """The MLP with these in its first layer, of which nobody may see what goes in and comes out."""
+        plain = type(self.fc2) is Linear and unhooked(self.act, self.fc2, self.drop)
         if not plain or type(self.act) not in ELEMENTWISE:
-            return self._rest(first(x))
-        one = first is self.fc1 and type(self.act) is GELU
-        return in_pieces(lambda x: self._piece(first, x, one), x, self.fc1.out_features)
+            return self._rest(fast_linear(x, weight, bias))
+        if type(self.act) in KERNELS and not (self.training and self.drop.p):
+            made = two_layers(x, weight, bias, self.fc2.weight, self.fc2.bias, KERNELS[type(self.act)])
+            if made is not None:
+                return made
+        return in_pieces(lambda x: self._piece(weight, bias, x), x, self.fc1.out_features)
 
-    def _piece(self, first: Callable[[Tensor], Tensor], x: Tensor, one: bool) -> Tensor:
-        hidden = linear_gelu(x, self.fc1.weight, self.fc1.bias) if one else None
-        return self._rest(first(x)) if hidden is None else self.drop(self.fc2(self.drop(hidden)))
+    def _piece(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        hidden = linear_gelu(x, weight, bias) if type(self.act) is GELU else None
+        return self._rest(fast_linear(x, weight, bias)) if hidden is None else self.drop(self.fc2(self.drop(hidden)))
 
     def _rest(self, hidden: Tensor) -> Tensor:
         if type(self.act) is GELU and type(self.fc2) is Linear and unhooked(self.act, self.fc2, self.drop):

@@ -34,7 +34,6 @@ from blocks.base import (
 )
 from blocks.kernels import branch
 from blocks.kernels.folded import added, adds, conv_norm_act, linear_norm, mlp_onto, norm_into_linear
-from blocks.kernels.linear import linear as linear_of
 from blocks.kernels.linear import unhooked
 from blocks.mlp import Mlp, ReLU, round_width
 from blocks.norms import BatchNorm
@@ -169,7 +168,7 @@ def normed_mlp(norm: Norm, mlp: FeedForward, x: Tensor, grid: Grid) -> Tensor:
     if type(mlp) is Mlp and unhooked(mlp):
         folded = norm_into_linear(norm, mlp.fc1, x)
         if folded is not None:
-            return mlp.behind(lambda x: linear_of(x, *folded), x)
+            return mlp.behind(*folded, x)
     return mlp(tokens(norm.on_map(to_map(x, grid))), grid)
 
 

@@ -16,6 +16,7 @@ from blocks.base import Act, Norm
 from blocks.gates import NoGate
 from blocks.kernels import batch_norm, onednn, products
 from blocks.kernels import conv as kernel
+from blocks.kernels.layers import two_layers
 from blocks.kernels.linear import DTYPES, ROWS, Linear, eager, linear, linear_relu, precision, unhooked
 from blocks.mlp import Mlp, ReLU
 from blocks.norms import BatchNorm
@@ -154,7 +155,7 @@ def added(residual: nn.Module, x: Tensor, y: Tensor, last: nn.Module) -> Tensor:
 def mlp_onto(norm: Norm, mlp: nn.Module, x: Tensor) -> Tensor | None:
     """`x + mlp(norm(x))` in the memory of `x`, without gradients; None where that is not possible.
 
-    In pieces, so that what is between the two layers stays in the cache.
+    In one kernel or in pieces, so that what is between the two layers stays in the cache.
     """
     if type(mlp) is not Mlp or not unhooked(mlp, *mlp.children()) or type(mlp.act) is not ReLU:
         return None
@@ -167,6 +168,8 @@ def mlp_onto(norm: Norm, mlp: nn.Module, x: Tensor) -> Tensor | None:
     weight, bias = (t.to(dtype) for t in first)
     weight2, bias2 = mlp.fc2.weight, mlp.fc2.bias
     rows = x.view(-1, x.shape[-1])
+    if two_layers(rows, weight, bias, weight2, bias2, "relu", onto=rows) is not None:
+        return x
     most = max(ROWS, HIDDEN // mlp.fc1.out_features)
     for piece in rows.tensor_split(-(-len(rows) // most) or 1):  # of one size: few rows are multiplied slowly
         hidden = linear_relu(piece, weight, bias)

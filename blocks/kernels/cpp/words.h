@@ -20,6 +20,7 @@ struct Full {
   static V weave(const E* a, const E*) { return loadu(a); }
   static float word(float a, float) { return a; }
   static V close(const V* x) { return *x; }  // numbers to a word
+  static V words(const V* x) { return *x; }  // of numbers side by side
 };
 
 #ifdef __AVX512BF16__
@@ -47,6 +48,7 @@ struct Half {
   }
   static float word(float a, float b) { return _mm512_cvtss_f32(weave(set(a), set(b))); }
   static V close(const V* x) { return weave(x[0], x[1]); }
+  static V words(const V* x) { return join(x[0], x[1]); }
   static void tie(V a, V b, V* to) {  // words of the first elements of a and b, and of the second
     __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
     to[0] = _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaa, x, _mm512_slli_epi32(y, 16)));

@@ -1,0 +1,187 @@
+// Matrix products: factors in panels, in which what is multiplied at a time lies together, and tiles of the result.
+
+// Matrix products: factors in panels, in which what is multiplied at a time lies together, and tiles of the result.
+
+constexpr int HIGH = LANES == 16 ? 12 : 6, VECTORS = 2, WIDE = VECTORS * LANES;  // of tiles held in registers
+constexpr int PART = 256;  // words that are summed one by one, since rounding grows with their number
+constexpr int AHEAD = 8;   // words ahead of those that are packed: their rows lie too far apart to be foreseen
+
+enum { NONE, RELU, GELU };
+
+struct Factor {  // as in products.py: element (row, k) lies at row · step + k, or turned at k · step + row
+  const void* at;
+  int64_t step;
+  int32_t turned, single;  // single: float32, whatever the kind
+
+  template <class E>
+  const E* of(int64_t row, int64_t k) const {
+    return static_cast<const E*>(at) + (turned ? k * step + row : row * step + k);
+  }
+};
+
+struct Result {
+  void* at;
+  int32_t single, add, act, spare;
+  const float* bias;
+  float* sums;  // of the rows of the first factor, which is turned
+};
+
+// Vectors of words: of elements side by side, and of two rows' elements.
+template <class K, class E>
+inline V taken(const E* p) {
+  if constexpr (sizeof(E) * K::U > sizeof(Word)) {
+    return K::join(loadu(p), loadu(p + LANES));
+  } else {
+    return loadu(reinterpret_cast<const Word*>(p));
+  }
+}
+
+template <class K, class E>
+inline V woven(const E* a, const E* b) {
+  if constexpr (sizeof(E) * K::U > sizeof(Word)) {
+    return K::weave(loadu(a), loadu(b));
+  } else {
+    return K::weave(a, b);
+  }
+}
+
+// Of COUNT rows the words from k on: to[word][row], words `apart` floats apart. It writes whole vectors, the later ones
+// over what is too much of the earlier.
+template <class K, class E, int COUNT>
+void pack_along(const Factor& f, int64_t row, int64_t rows, int64_t k, int64_t words, float* to, int apart) {
+  for (int64_t w = 0; w < words; w += LANES) {
+    V x[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i)
+      x[i] = i < COUNT && row + i < rows ? taken<K>(f.of<E>(row + i, k + w * K::U)) : set(0.0f);
+    turn(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) storeu(to + (w + i) * apart, x[i]);
+  }
+}
+
+// The same of a turned factor, from `row` to `rows` in panels of COUNT, `apart` floats apart.
+template <class K, class E, int COUNT>
+void pack_across(const Factor& f, int64_t row, int64_t rows, int64_t k, int64_t end, int64_t words, float* to,
+                 int64_t apart) {
+  static const E none[LANES] = {};
+  constexpr int64_t NEED = up(COUNT, LANES);
+  int64_t whole = rows - row < NEED ? 0 : (rows - row - NEED) / COUNT + 1;  // panels that may be read in whole vectors
+  for (int64_t w = 0; w < words; ++w, k += K::U, to += COUNT) {
+    const bool both = k + K::U <= end;  // the last of two that are woven may be missing
+    const E *x = f.of<E>(row, k), *y = both ? f.of<E>(row, k + K::U - 1) : none;
+    const int64_t ahead = AHEAD * K::U * f.step, on = both ? COUNT : 0;
+    float* p = to;
+    for (int64_t i = 0; i < whole; ++i, x += COUNT, y += on, p += apart)
+#pragma GCC unroll 2
+      for (int l = 0; l < COUNT; l += LANES) {
+        _mm_prefetch(reinterpret_cast<const char*>(x + l + ahead), _MM_HINT_T0);
+        if (K::U == 2) _mm_prefetch(reinterpret_cast<const char*>(x + l + ahead + f.step), _MM_HINT_T0);
+        storeu(p + l, woven<K>(x + l, both ? y + l : y));
+      }
+    for (int64_t at = row + whole * COUNT; at < rows; at += COUNT, x += COUNT, y += on, p += apart)
+      for (int l = 0; l < COUNT && at + l < rows; l += LANES) {
+        E room[2][LANES];
+        int count = int(std::min<int64_t>(LANES, rows - at - l));
+        const E* second = both ? filled(y + l, count, LANES, room[1]) : none;
+        storeu(p + l, woven<K>(filled(x + l, count, LANES, room[0]), second));
+      }
+  }
+}
+
+// What is asked of memory meanwhile: some of the first factor's next block.
+struct Ahead {
+  const char* at;
+  int64_t pace;  // bytes for each word
+};
+
+// Products of the panels' next words, for a tile.
+template <class K>
+inline void multiply(const float*& a, const float*& b, int64_t words, Ahead& ahead, V (&s)[HIGH][VECTORS]) {
+#pragma GCC unroll 12
+  for (int r = 0; r < HIGH; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) s[r][v] = set(0.0f);
+  for (int64_t w = 0; w < words; ++w, a += HIGH, b += WIDE, ahead.at += ahead.pace) {
+    _mm_prefetch(ahead.at, _MM_HINT_T1);
+    V x[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) x[v] = loadu(b + v * LANES);
+#pragma GCC unroll 12
+    for (int r = 0; r < HIGH; ++r) {
+      V y = set(a[r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) s[r][v] = K::dot(y, x[v], s[r][v]);
+    }
+  }
+}
+
+// One tile of a product, with what comes behind it; `bias` belongs to its columns, `vectors` of which there are.
+template <class K>
+INLINE void sums(const float* a, const float* b, int64_t words, int64_t part, const float* bias, int vectors, int act,
+                 Ahead ahead, V (&s)[HIGH][VECTORS]) {
+  multiply<K>(a, b, std::min(words, part), ahead, s);
+  for (int64_t done = part; done < words; done += part) {
+    V sum[HIGH][VECTORS];
+    std::memcpy(sum, s, sizeof s);
+    multiply<K>(a, b, std::min(words - done, part), ahead, s);
+#pragma GCC unroll 12
+    for (int r = 0; r < HIGH; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) s[r][v] += sum[r][v];
+  }
+  if (bias) {
+    V shift[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) shift[v] = v < vectors ? loadu(bias + v * LANES) : set(0.0f);
+#pragma GCC unroll 12
+    for (int r = 0; r < HIGH; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) s[r][v] += shift[v];
+  }
+  if (act == RELU)
+#pragma GCC unroll 12
+    for (int r = 0; r < HIGH; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) s[r][v] = max(s[r][v], set(0.0f));
+  if (act == GELU)
+    for (int r = 0; r < HIGH; ++r) {
+      V p[VECTORS];
+      for (int v = 0; v < VECTORS; ++v) p[v] = s[r][v];
+      phi<VECTORS>(p);
+      for (int v = 0; v < VECTORS; ++v) s[r][v] = max(s[r][v], set(-5.2f)) * p[v];  // below, Φ is no longer exact, nor 0
+    }
+}
+
+// One tile of the result; `again` where what is there already is a part of the sum.
+template <class K>
+void tile(const float* a, const float* b, int64_t words, int64_t part, const Result& c, int64_t n, int64_t row,
+          int rows, int64_t column, int vectors, bool again, Ahead ahead) {
+  using E = typename K::E;
+  const bool add = c.add || again, single = c.single || K::U == 1;
+  auto place = [&](int r, int v) { return (row + r) * n + column + v * LANES; };
+  for (int r = 0; r < rows; ++r)  // lines that are far apart are not foreseen, also where they are only written
+    for (int v = 0; v < vectors; ++v)
+      __builtin_prefetch(static_cast<const char*>(c.at) + place(r, v) * (single ? sizeof(float) : sizeof(E)));
+  V s[HIGH][VECTORS];
+  sums<K>(a, b, words, part, c.bias ? c.bias + column : nullptr, vectors, c.act, ahead, s);
+  auto give = [&](int r, int v) {
+    if (single) {
+      float* to = static_cast<float*>(c.at) + place(r, v);
+      storeu(to, add ? loadu(to) + s[r][v] : s[r][v]);
+    } else {
+      E* to = static_cast<E*>(c.at) + place(r, v);
+      K::narrow(to, add ? K::widen(to) + s[r][v] : s[r][v]);
+    }
+  };
+  if (rows == HIGH && vectors == VECTORS) {
+#pragma GCC unroll 12
+    for (int r = 0; r < HIGH; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) give(r, v);
+  } else {
+    for (int r = 0; r < rows; ++r)
+      for (int v = 0; v < vectors; ++v) give(r, v);
+  }
+}
+
+inline int64_t part_of(int64_t words) { return words / ((words + PART - 1) / PART) + 1; }
