@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 if TYPE_CHECKING:
@@ -94,15 +95,25 @@ class Reversible:
     def forward(self, number: int, stem: Tensor, old: Maps | None) -> Maps:
         draws: list[Draws] = []
         new: list[Tensor] = []
-        with self.precision():
-            for i, level in enumerate(self.columns[number].levels):
-                draws.append(Draws.now(stem))
-                below = new[-1].to(self.dtype) if new else stem
-                above = [old[i + 1].to(self.dtype)] if old and i + 1 < len(old) else []
-                made = level.branch(below, *above)
-                new.append(level.add(made.to(self.wide), old[i] if old else None))
+        for i, level in enumerate(self.columns[number].levels):
+            draws.append(Draws.now(stem))
+            below = new[-1].to(self.dtype) if new else stem
+            above = [old[i + 1].to(self.dtype)] if old and i + 1 < len(old) else []
+            with saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+                made = self.branch(level, below, *above)[0].detach()
+            new.append(level.add(made.to(self.wide), old[i] if old else None))
         self.draws.append(draws)
         return tuple(new)
+
+    def branch(self, level: ColumnLevel, *maps: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What a level's branch makes of maps, and these as inputs of its graph.
+
+        With gradients each time, also where none are asked for: without them parts have faster forms that round
+        otherwise, and what is subtracted on the way back has to be what was added, to the last bit.
+        """
+        given = [map.detach().requires_grad_() for map in maps]
+        with torch.enable_grad(), self.precision():
+            return level.branch(*given), given
 
     def precision(self) -> torch.autocast:
         """Autocast as in the forward pass, without its cache, which would keep a copy of every weight."""
@@ -152,14 +163,11 @@ class _Undo:
 
     def _level(self, i: int, level: ColumnLevel, above: Tensor | None, grad: Tensor | None) -> Tensor | None:
         """The old map of level i; its inputs and parameters get their gradients."""
-        maps = [(self.new[i - 1].to(self.run.dtype) if i else self.run.stem.get()).detach()]
-        maps += [] if above is None else [above.to(self.run.dtype).detach()]
+        maps = [self.new[i - 1].to(self.run.dtype) if i else self.run.stem.get()]
+        maps += [] if above is None else [above.to(self.run.dtype)]
         kept = [(buffer, buffer.clone()) for buffer in level.buffers()]
         with self.run.draws[self.number][i].again(self.run.kind):
-            with torch.set_grad_enabled(grad is not None), self.run.precision():
-                for map in maps:
-                    map.requires_grad_(grad is not None)
-                made = level.branch(*maps)
+            made, maps = self.run.branch(level, *maps)
             old = (self.new[i] - made.detach()) / level.alpha.detach() if self.number else None
             if grad is not None:
                 self._gradients(i, level, made, maps, old, grad)
