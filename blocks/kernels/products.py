@@ -175,7 +175,8 @@ def _smallest() -> float:
     if not (kernel(torch.float32) or onednn.multiplies(torch.float32)):
         return float("inf")
     file = native.cache_folder() / "products.json"
-    key = f"{native.processor()}, torch {torch.__version__}, {'kernel' if kernel(torch.float32) else 'oneDNN'}"
+    ours = native.capability() if kernel(torch.float32) else "oneDNN"
+    key = f"{native.processor()}, torch {torch.__version__}, {ours}"
     known = _read(file)
     if key not in known:
         found = _measure()
