@@ -4,11 +4,11 @@
     uv run python benchmarks/kernels.py --threads 2 --rounds 5  # wall time, on an idle machine
 
 TNT's inner block: timm's, ours in PyTorch (the reference) and ours in one kernel, each in its own memory layout. The
-Linears of TNT-S's outer blocks at batch 8, attention of TNT-S at batch 8 and of a tiny one at batch 128 on queries,
-keys and values as they come out of one product, and Next-ViT-S's 3×3 convolutions in groups at batch 16: torch's and
-ours; bfloat16 is autocast on bfloat16 inputs. Weights and inputs are the same. *Δ* is the largest difference to the
-first row, of results and gradients, for each unit of the largest number: above 1e-5 in float32 (0.02 in bfloat16) the
-script stops. Whole nets: `nets.py`.
+Linears of TNT-S's outer blocks at batch 8, the MLPs of these and of Next-ViT-S's first stage, attention of TNT-S at
+batch 8 and of a tiny one at batch 128 on queries, keys and values as they come out of one product, and Next-ViT-S's
+3×3 convolutions at batch 16: torch's and ours; bfloat16 is autocast on bfloat16 inputs. Weights and inputs are the
+same. *Δ* is the largest difference to the first row, of results and gradients, for each unit of the largest number:
+above 1e-5 in float32 (0.02 in bfloat16) the script stops. Whole nets: `nets.py`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from blocks.attention import Attention
 from blocks.base import Features, Site, linear, to_map, tokens
 from blocks.kernels import conv, inner
 from blocks.kernels.attention import attend
+from blocks.mlp import GELU, Mlp, ReLU
 from blocks.transformer import Encoder
 from framework.bench import equal, report
 from framework.bench.harness import CLOCKS, Candidate, Section, cpu_time, race, threads, wall_time
@@ -44,8 +45,10 @@ INNER = [(1568, 16, 24, 4), (2048, 16, 12, 2), (2048, 4, 24, 4), (2048, 4, 12, 2
 LINEAR = {"qkv": (1576, 384, 1152), "proj": (1576, 384, 384), "fc1": (1576, 384, 1536), "fc2": (1576, 1536, 384)}
 # Samples, tokens, heads and their width, of TNT-S and of a tiny TNT.
 ATTENTION = [(8, 197, 6, 64), (128, 17, 3, 64)]
-# Channels, groups and side of Next-ViT-S's maps.
-CONV = [(96, 3, 56), (192, 6, 28)]
+# Rows, width, hidden width and activation of the MLPs of TNT-S and of Next-ViT-S's first stage, at batch 8.
+MLP = [(1576, 384, 1536, GELU), (25088, 96, 288, ReLU)]
+# Channels in and out, groups and side of Next-ViT-S's maps.
+CONV = [(64, 32, 1, 112), (96, 96, 3, 56), (192, 192, 6, 28)]
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
 
@@ -141,6 +144,18 @@ def product(dtype: str, name: str, rows: int, width: int, out: int) -> Piece:
     return Piece(f"{dtype}: {name}, {rows} × {width} → {out}", dtype, ways)
 
 
+def mlp(dtype: str, rows: int, width: int, hidden: int, act: type[GELU] | type[ReLU]) -> Piece:
+    ours = Mlp(Site.at(width, 1), ratio=hidden / width, act=act)
+    theirs = nn.Sequential(nn.Linear(width, hidden), getattr(nn, act.__name__)(), nn.Linear(hidden, width))
+    vector_to_parameters(parameters_to_vector(theirs.parameters()), ours.parameters())
+    x, grad = (torch.randn(rows, width, dtype=DTYPES[dtype]) for _ in range(2))
+    ways = {
+        "torch": Way(theirs, x, grad, tuple(theirs.parameters())),
+        "ours": Way(lambda x: ours(x, (1, 1)), x, grad, tuple(ours.parameters())),
+    }
+    return Piece(f"{dtype}: {rows} × {width} → {hidden} → {width}, {act.__name__}", dtype, ways)
+
+
 def attention(dtype: str, samples: int, tokens: int, heads: int, dim: int) -> Piece:
     qkv = torch.randn(samples, tokens, 3, heads, dim, dtype=DTYPES[dtype])
     grad = torch.randn(samples, tokens, heads, dim, dtype=DTYPES[dtype]).transpose(1, 2)
@@ -153,15 +168,15 @@ def attention(dtype: str, samples: int, tokens: int, heads: int, dim: int) -> Pi
     return Piece(f"{dtype}: {samples} × {heads} heads, {tokens} tokens of {dim}", dtype, ways)
 
 
-def convolution(dtype: str, channels: int, groups: int, side: int) -> Piece:
-    layer = nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False)
-    x, grad = (torch.randn(16, side, side, channels, dtype=DTYPES[dtype]).permute(0, 3, 1, 2) for _ in range(2))
+def convolution(dtype: str, inp: int, out: int, groups: int, side: int) -> Piece:
+    layer = nn.Conv2d(inp, out, 3, padding=1, groups=groups, bias=False)
+    x, grad = (torch.randn(16, side, side, n, dtype=DTYPES[dtype]).permute(0, 3, 1, 2) for n in (inp, out))
 
     def ours(map: Tensor) -> Tensor:  # without gradients it is part of a folded batch norm
         return conv.convolved(layer, map) if torch.is_grad_enabled() else conv.conv(map, layer.weight, None, groups)
 
     ways = {"torch": Way(layer, x, grad, (layer.weight,)), "ours": Way(ours, x, grad, (layer.weight,))}
-    return Piece(f"{dtype}: {channels} channels in {groups} groups, {side} × {side}", dtype, ways)
+    return Piece(f"{dtype}: {inp} → {out} channels in {groups} group{'s' * (groups > 1)}, {side} × {side}", dtype, ways)
 
 
 def timed(title: str, piece: Piece, backward: bool, count: int, rounds: int) -> Section:
@@ -200,7 +215,8 @@ def main() -> None:
         "inner block of TNT": [inner_block(dtype, *sizes) for dtype in DTYPES for sizes in INNER],
         "Linear": [product(dtype, name, *sizes) for dtype in DTYPES for name, sizes in LINEAR.items()],
         "attention": [attention(dtype, *sizes) for dtype in DTYPES for sizes in ATTENTION],
-        "convolution in groups": [convolution(dtype, *sizes) for dtype in DTYPES for sizes in CONV],
+        "MLP": [mlp(dtype, *sizes) for dtype in DTYPES for sizes in MLP],
+        "3×3 convolution": [convolution(dtype, *sizes) for dtype in DTYPES for sizes in CONV],
     }
     with threads(args.threads):
         for name, sizes in pieces.items():
