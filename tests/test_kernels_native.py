@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler, o
 
 
 def compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, act: str) -> Path:
-    """A compiler that notes each call in the file given back, and then does `act` with its target as `$out`."""
+    """A compiler that notes each library in the file given back, and does `act` for it with its target as `$out`."""
     script, calls = folder / "compiler", folder / "calls"
-    script.write_text(f"#!/bin/sh\necho called >> {calls}\nfor out; do :; done\n{act}\n")
+    script.write_text(f"#!/bin/sh\nfor out; do :; done\ncase $out in *.o) exit;; esac\necho called >> {calls}\n{act}\n")
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     return calls
@@ -107,6 +107,16 @@ def test_without_a_library_the_encoder_runs(
     assert len(lines) == 1
     assert lines[0].startswith("no CPU kernels for attention and the words of TNT")
     assert re.search(says, lines[0])
+
+
+def test_an_error_in_the_source_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = tmp_path / "cpp"
+    shutil.copytree(native.SOURCES, sources)
+    (sources / "vector.h").write_text("#error this is broken")
+    monkeypatch.setattr(native, "SOURCES", sources)
+    with pytest.raises(native.NoKernel, match=r"fails: .*vector.h.*this is broken") as found:
+        native.load(CAPABILITY, tmp_path / "cache")
+    assert "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize("capability", ["DEFAULT", "NO AVX"])

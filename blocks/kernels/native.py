@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -111,13 +112,21 @@ def build(capability: str, target: Path) -> None:
         raise NoKernel("there is no C++ compiler (c++, g++ or clang++); install one to run them several times as fast")
     print("building the CPU kernels, once on this machine …", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made, sources = Path(folder) / target.name, map(str, sorted(SOURCES.glob("*.cpp")))
-        command = [*compiler, *FLAGS, *INSTRUCTIONS[capability], *sources, "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit {done.returncode}"]
-            raise NoKernel(f"{compiler[0]} fails: {errors[0]}")
+        made, sources = Path(folder) / target.name, sorted(SOURCES.glob("*.cpp"))
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+        command = [*compiler, *FLAGS, *INSTRUCTIONS[capability]]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            parts = zip(sources, objects, strict=True)
+            list(pool.map(_run, ([*command, "-c", str(source), "-o", to] for source, to in parts)))
+        _run([*command, *objects, "-o", str(made)])
         made.replace(target)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit {done.returncode}"]
+        raise NoKernel(f"{command[0]} fails: {errors[0]}")
 
 
 @cache
