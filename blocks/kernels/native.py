@@ -125,7 +125,7 @@ def build(capability: str, target: Path) -> None:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit {done.returncode}"]
+        errors = [line for line in done.stderr.splitlines() if "error:" in line] or [f"exit {done.returncode}"]
         raise NoKernel(f"{command[0]} fails: {errors[0]}")
 
 
