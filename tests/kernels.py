@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from blocks.attention import Attention
 from blocks.base import Features, Site, to_map, tokens
+from blocks.kernels import native
 from blocks.mlp import Mlp
 from blocks.transformer import Encoder
+
+# What runs a kernel: this processor's library, or one for an older processor, and with how many threads.
+FORMS = ["AVX2", "AVX512_BF16", "three threads"]
+
+
+@contextmanager
+def in_form(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels in one of `FORMS`; skips where this machine has it not."""
+    order, threads = ["AVX2", "AVX512", "AVX512_BF16"], torch.get_num_threads()
+    if native.library() is None:
+        pytest.skip("no compiler, or a processor without a kernel")
+    if name in order:
+        if order.index(name) > order.index(native.capability()):
+            pytest.skip(f"a processor without {name}")
+        found = native.load(name, native.cache_folder())
+        monkeypatch.setattr(native, "library", lambda: found)
+    else:
+        torch.set_num_threads(3)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def encoder(side: int, dim: int, heads: int = 2, ratio: float = 4.0, bias: bool = False, **parts: Any) -> Encoder:

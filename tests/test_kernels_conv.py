@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blocks.kernels import conv as kernel
 from blocks.kernels import native
-from tests.kernels import draw, error
+from tests.kernels import FORMS, draw, error, in_form
 
 # Images, channels in, out, groups, height, width: one place, borders, whole and broken tiles, strips, several groups.
 SHAPES = [
@@ -27,20 +27,10 @@ SHAPES = [
 LIES = torch.channels_last
 
 
-@pytest.fixture(params=["AVX2", "AVX512_BF16", "three threads"])
+@pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    order, threads = ["AVX2", "AVX512", "AVX512_BF16"], torch.get_num_threads()
-    if native.library() is None:
-        pytest.skip("no compiler, or a processor without a kernel")
-    if request.param in order:
-        if order.index(request.param) > order.index(native.capability()):
-            pytest.skip(f"a processor without {request.param}")
-        found = native.load(request.param, native.cache_folder())
-        monkeypatch.setattr(native, "library", lambda: found)
-    else:
-        torch.set_num_threads(3)
-    yield request.param
-    torch.set_num_threads(threads)
+    with in_form(request.param, monkeypatch):
+        yield request.param
 
 
 def low(form: str) -> bool:

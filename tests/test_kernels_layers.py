@@ -13,28 +13,18 @@ from blocks.base import Site
 from blocks.kernels import layers, native, products
 from blocks.kernels.layers import two_layers
 from blocks.mlp import GELU, Mlp, ReLU, SiLU
-from tests.kernels import draw, error
+from tests.kernels import FORMS, draw, error, in_form
 
 # Rows, width, hidden and output width: one row, broken tiles and panels, several blocks.
 SHAPES = [(1, 32, 32, 16), (29, 64, 96, 48), (700, 96, 288, 96), (230, 192, 1056, 208), (500, 1024, 64, 32)]
 ACTS = {"relu": F.relu, "gelu": F.gelu}
 
 
-@pytest.fixture(params=["AVX2", "AVX512_BF16", "three threads"])
+@pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    order, threads = ["AVX2", "AVX512", "AVX512_BF16"], torch.get_num_threads()
-    if native.library() is None:
-        pytest.skip("no compiler, or a processor without a kernel")
-    if request.param in order:
-        if order.index(request.param) > order.index(native.capability()):
-            pytest.skip(f"a processor without {request.param}")
-        found = native.load(request.param, native.cache_folder())
-        monkeypatch.setattr(native, "library", lambda: found)
+    with in_form(request.param, monkeypatch):
         products.kernel.cache_clear()
-    else:
-        torch.set_num_threads(3)
-    yield request.param
-    torch.set_num_threads(threads)
+        yield request.param
     products.kernel.cache_clear()
 
 

@@ -10,7 +10,7 @@ namespace {
 
 #include "words.h"
 
-constexpr int HIGH = LANES == 16 ? 12 : 6, LOW = LANES == 16 ? 8 : 4, WIDE = 2 * LANES;  // of tiles held in registers
+constexpr int HIGH = LANES == 16 ? 12 : 6, WIDE = 2 * LANES;  // of tiles held in registers
 constexpr int ROOM = 384 * 1024, SMALL = 192 * 1024;  // bytes of a strip, forward and for the gradient of weights
 
 struct Shape {  // as in conv.py; `in` and `out` of a group
@@ -125,25 +125,6 @@ template <class K>
 void weave_places(const typename K::E* from, int pairs, int wide, float* to) {
   for (int p = 0; p < pairs; ++p, from += K::U * wide)
     for (int c = 0; c < wide; c += LANES) storeu(to + p * wide + c, K::weave(from + c, from + (K::U - 1) * wide + c));
-}
-
-// to[out][in] += the products of LOW channels of a gradient and WIDE of a map over `count` places, or pairs of them.
-template <class K>
-inline void add_products(const float* grad, int out, const float* map, int in, int count, float* to) {
-  V y[LOW][2];
-#pragma GCC unroll 8
-  for (int r = 0; r < LOW; ++r) y[r][0] = y[r][1] = set(0.0f);
-  for (int q = 0; q < count; ++q, grad += out, map += in) {
-    V x0 = loadu(map), x1 = loadu(map + LANES);
-#pragma GCC unroll 8
-    for (int r = 0; r < LOW; ++r) {
-      V g = set(grad[r]);
-      y[r][0] = K::dot(g, x0, y[r][0]), y[r][1] = K::dot(g, x1, y[r][1]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < LOW; ++r, to += in)
-    for (int v = 0; v < 2; ++v) storeu(to + v * LANES, loadu(to + v * LANES) + y[r][v]);
 }
 
 // The gradient of the weight, (groups, tap, out, in).

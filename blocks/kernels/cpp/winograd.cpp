@@ -10,7 +10,7 @@ namespace {
 
 #include "words.h"
 
-constexpr int HIGH = LANES == 16 ? 12 : 6, LOW = LANES == 16 ? 8 : 4, WIDE = 2 * LANES;  // of tiles held in registers
+constexpr int HIGH = LANES == 16 ? 12 : 6, WIDE = 2 * LANES;  // of tiles held in registers
 constexpr int POINTS = 16;
 constexpr int ROOM = 256 * 1024;  // bytes that the tiles of a strip become
 constexpr int AHEAD = 6;          // places ahead of those that are read: their channels lie too far apart to be foreseen
@@ -235,24 +235,6 @@ void forward(const Shape& s, const float* map, const float* weight, const float*
   });
 }
 
-// to[out][in] += the products of LOW channels of a gradient and WIDE of a map over `count` tiles.
-inline void add_products(const float* grad, int out, const float* map, int in, int count, float* to) {
-  V y[LOW][2];
-#pragma GCC unroll 8
-  for (int r = 0; r < LOW; ++r) y[r][0] = y[r][1] = set(0.0f);
-  for (int q = 0; q < count; ++q, grad += out, map += in) {
-    V x0 = loadu(map), x1 = loadu(map + LANES);
-#pragma GCC unroll 8
-    for (int r = 0; r < LOW; ++r) {
-      V g = set(grad[r]);
-      y[r][0] = fma(g, x0, y[r][0]), y[r][1] = fma(g, x1, y[r][1]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < LOW; ++r, to += in)
-    for (int v = 0; v < 2; ++v) storeu(to + v * LANES, loadu(to + v * LANES) + y[r][v]);
-}
-
 // The gradient of the weight, (groups, tap, out, in): Gᵀ u G of the sums u at each point.
 void weight_gradient(const Shape& s, const float* map, const float* grad, float* to, Parallel parallel) {
   const int64_t size = int64_t(s.out) * s.in, all = s.groups * POINTS * size;
@@ -267,7 +249,7 @@ void weight_gradient(const Shape& s, const float* map, const float* grad, float*
     for (int p = 0; p < POINTS; ++p)
       for (int n = 0; n < s.in; n += WIDE)
         for (int r = 0; r < s.out; r += LOW)
-          add_products(g + int64_t(p) * count * s.out + r, s.out, x + int64_t(p) * count * s.in + n, s.in, count,
+          add_products<Full>(g + int64_t(p) * count * s.out + r, s.out, x + int64_t(p) * count * s.in + n, s.in, count,
                        own + p * size + r * s.in + n);
   });
   auto back = [](V a, V b, V c, V d, V* t) {

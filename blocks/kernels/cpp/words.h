@@ -198,3 +198,24 @@ void product(const Word* a, int64_t across, int64_t along, const float* b, int w
     from += count;
   }
 }
+
+constexpr int LOW = LANES == 16 ? 8 : 4;  // rows of such a sum of outer products, of two vectors each
+
+// to[out][in] += the products of LOW channels of a gradient and two vectors of a map's over `count` words.
+template <class K>
+inline void add_products(const float* grad, int out, const float* map, int in, int count, float* to) {
+  V y[LOW][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < LOW; ++r) y[r][0] = y[r][1] = set(0.0f);
+  for (int q = 0; q < count; ++q, grad += out, map += in) {
+    V x0 = loadu(map), x1 = loadu(map + LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < LOW; ++r) {
+      V g = set(grad[r]);
+      y[r][0] = K::dot(g, x0, y[r][0]), y[r][1] = K::dot(g, x1, y[r][1]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < LOW; ++r, to += in)
+    for (int v = 0; v < 2; ++v) storeu(to + v * LANES, loadu(to + v * LANES) + y[r][v]);
+}
