@@ -38,7 +38,7 @@ def two_layers(
         weight: of the first layer, float32 or as the products; `weight2` of the second.
         bias: of the first layer; `bias2` of the second.
         act: "relu" or "gelu".
-        onto: contiguous rows, to which the result is added in place; they may be `x` itself.
+        onto: contiguous rows of this or more precision, to which the result is added in place; they may be `x` itself.
     """
     if torch.is_grad_enabled() or not eager(x, weight, bias, weight2, bias2, onto):
         return None
