@@ -55,6 +55,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     """A way to multiply; the kernel at any size."""
     threads, name = torch.get_num_threads(), request.param
     monkeypatch.setattr(products, "LARGE", 0)
+    monkeypatch.setattr(products, "faster", lambda *args: True)
     if name == "one thread":
         torch.set_num_threads(1)
     elif name in native.INSTRUCTIONS:
@@ -130,8 +131,9 @@ def test_the_same_bits_with_more_threads() -> None:
     try:
         for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
-            dw, db = products.grad_weight(grad, x, bias=True)
-            found.append((products.forward(x, weight), products.grad_input(grad, weight), dw, db))
+            dw, db = products.grad_weight(grad, x, bias=True, ours=True)
+            below = products.grad_input(grad, weight, ours=True)
+            found.append((products.forward(x, weight, ours=True), below, dw, db))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:

@@ -79,29 +79,6 @@ def _plain(x: Tensor, parts: tuple[Tensor, ...], keep: Tensor | None, eps: float
     return x + (y if keep is None else y * keep.to(y.dtype))
 
 
-def _faster(x: Tensor, weight: Tensor) -> bool:
-    return products.faster(2.0 * x.numel() * weight.shape[0], x.dtype)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor, act: str = "none") -> Tensor:
-    if _faster(x, weight):
-        return products.forward(x, weight, bias, act)
-    made = F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
-    return made.relu_() if act == "relu" else made
-
-
-def _below(grad: Tensor, weight: Tensor) -> Tensor:
-    return products.grad_input(grad, weight) if _faster(grad, weight.t()) else grad @ weight.to(grad.dtype)
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
-    """`gradᵀ x` in float32, added to `total`."""
-    if _faster(x, grad.t()):
-        return products.grad_weight(grad, x, total=total)[0].float()
-    part = grad.t() @ x
-    return part.float() if total is None else total.add_(part)
-
-
 class _Branch(torch.autograd.Function):
     """Keeps the input and, piece by piece, what ReLU gave."""
 
@@ -117,8 +94,8 @@ class _Branch(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             for piece, place, by in zip(x.split(count), out.split(count), _split(keep, count), strict=False):
                 rows = piece.flatten(0, 1)
-                kept.append(_product(rows, weight, bias, "relu"))
-                y = _product(kept[-1], w2, b2)
+                kept.append(products.forward(rows, weight, bias, "relu"))
+                y = products.forward(kept[-1], w2, b2)
                 call("branch_added", x.dtype, rows, y, by, each, len(rows), width, place)
         ctx.count, ctx.eps = count, eps
         ctx.save_for_backward(x, scale, shift, w1, b1, w2, b2, moments, folded, keep, *kept)
@@ -158,11 +135,11 @@ def _gradients(
     for i, (given, piece, h, by) in enumerate(zip(grads, pieces, hidden, _split(keep, count), strict=False)):
         d = given if by is None else torch.empty_like(given)
         call("branch_slope", dtype, given, None, by, each, len(d), width, None if by is None else d, sums2[i])
-        dw2 = _weight_gradient(d, h, dw2)
-        dh = _below(d, w2)
+        dw2 = products.grad_weight(d, h, total=dw2)[0].float()
+        dh = products.grad_input(d, w2)
         call("branch_slope", dtype, dh, h, None, each, len(d), inner, dh, sums1[i])
-        dw1 = _weight_gradient(dh, piece, dw1)
-        below.append(_below(dh, w1))
+        dw1 = products.grad_weight(dh, piece, total=dw1)[0].float()
+        below.append(products.grad_input(dh, w1))
     assert dw1 is not None
     assert dw2 is not None
     db1, db2 = (sums.sum(0).float() for sums in (sums1, sums2))

@@ -173,10 +173,7 @@ def mlp_onto(norm: Norm, mlp: nn.Module, x: Tensor) -> Tensor | None:
     most = max(ROWS, HIDDEN // mlp.fc1.out_features)
     for piece in rows.tensor_split(-(-len(rows) // most) or 1):  # of one size: few rows are multiplied slowly
         hidden = linear_relu(piece, weight, bias)
-        if products.faster(2.0 * hidden.numel() * rows.shape[1], dtype):
-            products.forward(hidden, weight2, bias2, onto=piece)
-        else:
-            piece.add_(linear(hidden, weight2, bias2))
+        products.forward(hidden, weight2, bias2, onto=piece)
     return x
 
 

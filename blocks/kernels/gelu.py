@@ -18,16 +18,11 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
         return None
     if not (x.requires_grad and weight.requires_grad and x.is_contiguous()):
         return None
-    flops = 2.0 * x.numel() * weight.shape[0]
     low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
     dtype = torch.bfloat16 if low else torch.float32
-    if x.dtype is not dtype or weight.dtype is not torch.float32 or flops <= products.FLOOR:
+    if x.dtype is not dtype or weight.dtype is not torch.float32:
         return None
-    if (
-        (not low and torch.is_autocast_enabled("cpu"))
-        or not products.faster(flops, dtype)
-        or not native.has("gelu", dtype)
-    ):
+    if (not low and torch.is_autocast_enabled("cpu")) or not native.has("gelu", dtype):
         return None
     return _GeluLinear.apply(x, weight, bias)
 

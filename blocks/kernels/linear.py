@@ -100,7 +100,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if recipe is not None and recipe.version != x._version:
             recipe = None
         if (fast or cast or recipe is not None) and (same or cast):
-            return _Linear.apply(x, weight, bias, dtype, fast, recipe)
+            return _Linear.apply(x, weight, bias, dtype, recipe)
     elif fast:
         return products.forward(x.to(dtype), weight, bias)
     return F.linear(x, weight, bias)
@@ -157,10 +157,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, fast: bool, recipe: Recipe | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, recipe: Recipe | None
     ) -> Tensor:
         low = x.to(dtype)
-        ctx.dtype, ctx.fast, ctx.input_dtype = dtype, fast, x.dtype
+        ctx.dtype, ctx.input_dtype = dtype, x.dtype
         ctx.make = None if recipe is None or not weight.requires_grad else recipe.make
         kept: tuple[Tensor, ...] = ()
         if recipe is not None and weight.requires_grad:
@@ -169,11 +169,7 @@ class _Linear(torch.autograd.Function):
         elif weight.requires_grad:
             kept = (low,)
         ctx.save_for_backward(weight, *kept)
-        rows = low.reshape(-1, low.shape[-1])
-        if fast:
-            out = products.forward(rows, weight, bias)
-        else:
-            out = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        out = products.forward(low.reshape(-1, low.shape[-1]), weight, bias)
         # Not a view, which could not be changed in place behind a Function.
         return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
@@ -182,20 +178,16 @@ class _Linear(torch.autograd.Function):
         weight, *kept = ctx.saved_tensors
         # With gradients on, these gradients will be differentiated in turn: by operators that can be.
         twice = torch.is_grad_enabled()
-        fast = ctx.fast and not twice
+        ours = False if twice else None
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = products.grad_input(grad, weight) if fast else grad @ weight.to(ctx.dtype)
-            dx = dx.to(ctx.input_dtype)
+            dx = products.grad_input(grad, weight, ours=ours).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
             half = len(kept) // 2
             x = kept[0] if ctx.make is None else ctx.make(*(kept[:half] if twice else kept[half:]))
             x, rows = x.to(ctx.dtype).reshape(-1, weight.shape[1]), grad.reshape(-1, weight.shape[0])
-            if fast:
-                dw, db = products.grad_weight(rows, x, bias=ctx.needs_input_grad[2])
-            else:
-                dw = rows.t() @ x
+            dw, db = products.grad_weight(rows, x, bias=ctx.needs_input_grad[2], ours=ours)
             dw = dw.to(weight.dtype)
         if ctx.needs_input_grad[2]:
             db = (grad.reshape(-1, grad.shape[-1]).sum(0) if db is None else db).to(weight.dtype)
-        return dx, dw, db, None, None, None
+        return dx, dw, db, None, None

@@ -61,15 +61,21 @@ class Size(ctypes.Structure):
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "none", onto: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    act: str = "none",
+    onto: Tensor | None = None,
+    ours: bool | None = None,
 ) -> Tensor:
     """`act(F.linear(x, weight, bias))` in the precision of x, float32 or bfloat16; weight and bias may be float32.
 
     Args:
         onto: contiguous rows of this or more precision, to which the result is added in place.
+        ours: whether by the kernel or oneDNN, where there is one of them; by default where that is faster.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    if _serves(rows, weight, *weight.shape) and (onto is not None or _large(rows, weight)):
+    rows, ours = x.reshape(-1, x.shape[-1]), _faster(x, weight.shape[0]) if ours is None else ours
+    if ours and _serves(rows, weight, *weight.shape) and (onto is not None or _large(rows, weight)):
         made = rows.new_empty(rows.shape[0], weight.shape[0]) if onto is None else onto.view(-1, weight.shape[0])
         _call(Factor.of(rows), Factor.of(weight), made, rows.shape[1], bias, act, add=onto is not None)
         if onto is not None:
@@ -77,46 +83,52 @@ def forward(
         # Not a view, which could not be changed in place behind a Function.
         return torch.ops.aten._unsafe_view(made, (*x.shape[:-1], weight.shape[0]))
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if onednn.multiplies(x.dtype):
+    if ours and onednn.multiplies(x.dtype):
         made = onednn.forward(x, weight, bias, act)
     else:
         made = F.linear(x, weight, bias)
         made = made if act == "none" else F.relu_(made) if act == "relu" else F.gelu(made)
-    return made if onto is None else onto.add_(made)
+    return made if onto is None else onto.add_(made.view_as(onto))
 
 
-def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
-    """`grad @ weight`, the gradient of a Linear's input, in the precision of `grad`."""
-    rows = grad.reshape(-1, grad.shape[-1])
-    if _serves(rows, weight, *weight.shape) and _large(rows, weight):
+def grad_input(grad: Tensor, weight: Tensor, ours: bool | None = None) -> Tensor:
+    """`grad @ weight`, the gradient of a Linear's input, in the precision of `grad`; `ours` as above."""
+    rows, ours = grad.reshape(-1, grad.shape[-1]), _faster(grad, weight.shape[1]) if ours is None else ours
+    if ours and _serves(rows, weight, *weight.shape) and _large(rows, weight):
         made = rows.new_empty(rows.shape[0], weight.shape[1])
         _call(Factor.of(rows), Factor.of(weight, turned=True), made, rows.shape[1])
         return made.view(*grad.shape[:-1], weight.shape[1])
-    if grad.dtype is torch.float32 and onednn.multiplies(grad.dtype):
+    if ours and grad.dtype is torch.float32 and onednn.multiplies(grad.dtype):
         return onednn.grad_input(grad, weight)
     return grad @ weight.to(grad.dtype)
 
 
 def grad_weight(
-    grad: Tensor, x: Tensor, bias: bool = False, total: Tensor | None = None
+    grad: Tensor, x: Tensor, bias: bool = False, total: Tensor | None = None, ours: bool | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """`gradᵀ @ x`, the gradient of a Linear's weight, of matrices; and of its bias, if that is asked for.
 
     Args:
         total: float32, to which the weight's is added.
+        ours: as above.
     """
+    ours = _faster(x, grad.shape[1]) if ours is None else ours
     if grad.stride(1) != 1:
         grad = grad.contiguous()
-    if _serves(grad, x, x.shape[1]):
+    if ours and _serves(grad, x, x.shape[1]):
         made = x.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32) if total is None else total
         sums = made.new_empty(grad.shape[1]) if bias else None
         _call(Factor.of(grad, turned=True), Factor.of(x, turned=True), made, len(x), sums=sums, add=total is not None)
         return made, sums
-    if len(x) and x.dtype is torch.float32 and onednn.multiplies(x.dtype):
+    if ours and len(x) and x.dtype is torch.float32 and onednn.multiplies(x.dtype):
         made = onednn.grad_weight(grad, x)
     else:
         made = grad.t() @ x
     return made if total is None else total.add_(made), grad.sum(0) if bias else None
+
+
+def _faster(x: Tensor, width: int) -> bool:
+    return faster(2.0 * x.numel() * width, x.dtype)
 
 
 def _large(rows: Tensor, weight: Tensor) -> bool:
@@ -213,7 +225,7 @@ def _ratio(rows: int, width: int, out: int, budget: float = 0.05, rounds: int = 
         F.linear(x, weight), grad @ weight, grad.t() @ x
 
     def ours() -> None:
-        forward(x, weight), grad_input(grad, weight), grad_weight(grad, x)
+        forward(x, weight, ours=True), grad_input(grad, weight, ours=True), grad_weight(grad, x, ours=True)
 
     best = {blas: float("inf"), ours: float("inf")}
     begin = time.thread_time()
