@@ -102,7 +102,6 @@ def add_norm(
     low: bool,
     branch: Tensor | None = None,
     residual: Residual | None = None,
-    words: int = 0,
     own: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
     """`residual(x, branch)`, and what `norm` makes of that, in one operation; None where there is no kernel for it.
@@ -111,7 +110,7 @@ def add_norm(
         low: whether all that is done with the norm's result are products: under autocast it may have their precision.
         branch: None for none, and x itself in the place of the sum; to be used instead of x, as it brings x's gradients
             together.
-        words, own: as of the kernel.
+        own: as of the kernel.
     """
     if type(norm) is not LayerNorm or x.dtype is not torch.float32 or not unhooked(norm):
         return None
@@ -122,7 +121,7 @@ def add_norm(
     if not kernel.serves(dtype, x, weight, bias, branch) or not kernel.learns(weight, bias, x, branch):
         return None
     factor = None if residual is None else residual.factor(x)
-    return kernel.add_norm(x, weight, bias, norm.eps, dtype, branch, factor, words, own)
+    return kernel.add_norm(x, weight, bias, norm.eps, dtype, branch, factor, own)
 
 
 def add_to(x: Tensor, branch: Tensor, residual: Residual) -> Tensor:

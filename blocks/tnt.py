@@ -34,11 +34,10 @@ from blocks.base import (
     tokens,
 )
 from blocks.kernels import inner as kernel
-from blocks.kernels import norm as kernels
 from blocks.kernels.linear import DTYPES, Linear, eager, unhooked
 from blocks.kernels.linear import linear as fast_linear
+from blocks.kernels.onto import words_onto
 from blocks.norms import LayerNorm
-from blocks.residual import add_norm
 from blocks.transformer import Encoder
 
 
@@ -105,55 +104,37 @@ class TNT(Block):
         map, words = features.map, features.words
         assert words is not None
         words = self.mix(words, features.turn)
+        if type(self.outer) is Encoder and unhooked(self.outer):
+            both = words_onto(
+                words, len(map), self.norm1_proj, self.proj, self.norm2_proj, tokens(map), features.prefix
+            )
+            if both is not None:
+                return self.outer.encode(features, both[1]).replace(words=both[0])
         if self.norm2_proj is None:
             y = self.proj(self.norm1_proj(words).flatten(1))
         else:
-            words, y = joined(words, self.norm1_proj, self.proj)
-        y = y.view(map.shape[0], -1, y.shape[-1])
-        if type(self.outer) is Encoder and unhooked(self.outer):
-            x = norm_onto(y, self.norm2_proj, features)
-            if x is not None:
-                return self.outer.encode(features, x).replace(words=words)
-        if self.norm2_proj is not None:
-            y = self.norm2_proj(y)
-        map = map + to_map(y, (map.shape[2], map.shape[3]))
+            y = self.norm2_proj(joined(words, self.norm1_proj, self.proj))
+        map = map + to_map(y.view(map.shape[0], -1, y.shape[-1]), (map.shape[2], map.shape[3]))
         return self.outer(features.replace(map=map)).replace(words=words)
 
 
-def norm_onto(y: Tensor, norm: nn.Module | None, features: Features) -> Tensor | None:
-    """The prefix, and behind it the map with what a norm makes of y, `(B, P + N, C)`; None where there is no kernel."""
-    x, prefix = tokens(features.map), features.prefix
-    if type(norm) is not LayerNorm or not unhooked(norm) or not kernels.reads(x):
-        return None
-    if prefix is not None and (prefix.dtype is not x.dtype or not eager(prefix)):
-        return None
-    weight, bias = norm.weight, norm.bias
-    if y.dtype not in DTYPES or not kernels.serves(y.dtype, y, weight, bias) or not kernels.learns(weight, bias, y):
-        return None
-    return kernels.norm_onto(y, weight, bias, norm.eps, x, prefix)
+def joined(words: Tensor, norm: nn.Module, proj: nn.Module) -> Tensor:
+    """Words `(B·N, m, c)`, those of a token as one vector, through a norm and a Linear.
 
-
-def joined(words: Tensor, norm: nn.Module, proj: nn.Module) -> tuple[Tensor, Tensor]:
-    """`(B·N, m, c)` words, to be used from then on, and those of a token as one vector through a norm and a Linear.
-
-    The inner block's kernel leaves them as `(B·N, c, m)` in memory. A kernel for the norm reads them so; elsewhere,
-    since the norm does not mind the order, the weights are turned, which are smaller.
+    The inner block's kernel leaves them as `(B·N, c, m)` in memory. Since the norm does not mind the order, the weights
+    are turned then, which are smaller.
     """
     turned = words.transpose(1, 2)
     if type(norm) is not LayerNorm or type(proj) is not Linear or not unhooked(norm, proj):
-        return words, proj(norm(words.flatten(1)))
+        return proj(norm(words.flatten(1)))
     if words.is_contiguous() or not turned.is_contiguous():
-        return words, proj(norm(words.flatten(1)))
-    if words.shape[1] % 16 == 0:
-        both = add_norm(turned.flatten(1), norm, low=True, words=words.shape[1])
-        if both is not None:
-            return both[0].view(turned.shape).transpose(1, 2), proj(both[1])
+        return proj(norm(words.flatten(1)))
 
     def turn(weight: Tensor) -> Tensor:
         return weight.unflatten(-1, words.shape[1:]).transpose(-1, -2).flatten(-2)
 
     x = F.layer_norm(turned.flatten(1), norm.normalized_shape, turn(norm.weight), turn(norm.bias), norm.eps)
-    return words, fast_linear(x, turn(proj.weight), proj.bias)
+    return fast_linear(x, turn(proj.weight), proj.bias)
 
 
 def split_patches(images: Tensor, side: int) -> Tensor:
@@ -259,8 +240,11 @@ class SentenceStem(Block):
         else:
             map = convolved(split_patches(images, self.patch), self.conv)
         words = tokens(self.word_position(map)[0])
-        words, x = joined(words, self.norm1_proj, self.proj)
-        x = self.norm2_proj(x)
+        both = words_onto(words, b, self.norm1_proj, self.proj, self.norm2_proj)
+        if both is None:
+            x = self.norm2_proj(joined(words, self.norm1_proj, self.proj))
+        else:
+            words, x = both
         x = to_map(x.view(b, -1, x.shape[-1]), grid)
         prefix = None if self.prefix is None else self.prefix.expand(b, -1, -1)
         x, prefix = self.position(x, prefix)

@@ -20,6 +20,7 @@ from blocks.base import (
     to_map,
     tokens,
 )
+from blocks.kernels import encoder as kernel
 from blocks.kernels.linear import Linear, unhooked
 from blocks.mlp import Mlp
 from blocks.norms import LayerNorm
@@ -88,6 +89,9 @@ class Encoder(Block):
         grid, prefix = (features.map.shape[2], features.map.shape[3]), features.prefix
         count = 0 if prefix is None else prefix.shape[1]
         mixer, residual = self.mixer, self.mixer_residual
+        made = kernel.encode(self, x, count if self.prefix_only else None) if type(self) is Encoder else None
+        if made is not None:
+            return features.replace(prefix=made) if self.prefix_only else self._apart(features, made, count)
         multiplies = type(mixer) is Attention and type(mixer.qkv) is Linear and unhooked(mixer, mixer.qkv)
         x, y = add_norm(x, self.norm1, multiplies) or (x, self.norm1(x))
         turn = {"turn": features.turn} if mixer.by_turn else {}
@@ -105,7 +109,13 @@ class Encoder(Block):
             x = self._feed_forward(*both, grid)
         else:
             x = add_to(both[0], mlp(both[1], grid), self.mlp_residual)
-        if prefix is None:
+        return self._apart(features, x, count)
+
+    @staticmethod
+    def _apart(features: Features, x: Tensor, count: int) -> Features:
+        """Features with the prefix, of `count` tokens, and the map that lie in `x`."""
+        grid = (features.map.shape[2], features.map.shape[3])
+        if not count:
             return features.replace(map=to_map(x, grid))
         prefix, x = x.split([count, x.shape[1] - count], dim=1)
         return features.replace(map=to_map(x, grid), prefix=prefix)

@@ -67,7 +67,7 @@ def test_attention_equals_float64(
     out, want = attention.attend(*parts), F.scaled_dot_product_attention(*exact)
     assert out.dtype == dtype
     theirs = [p.detach().requires_grad_() for p in parts]
-    own = attention._spelled_out(*theirs)
+    own = attention.spelled_out(*theirs)
     results = [(out, *torch.autograd.grad(out, parts, grad)), (own, *torch.autograd.grad(own, theirs, grad)),
                (want, *torch.autograd.grad(want, exact, grad.double()))]  # fmt: skip
     few = n < attention.FEW <= m and (m > attention.SHORT or 3 * b < attention.MANY)

@@ -47,7 +47,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, drop: fl
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if bias is not None or drop:
-        return _spelled_out(q, k, v, bias, drop)
+        return spelled_out(q, k, v, bias, drop)
     if training and eager(q, k, v):
         return _Attention.apply(q, k, v)
     return _multiplied(q, k, v)[0]
@@ -62,7 +62,7 @@ def attend_joined(*parts: Tensor) -> Tensor:
     return attend(q, k, v)
 
 
-def _spelled_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, drop: float = 0.0) -> Tensor:
+def spelled_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, drop: float = 0.0) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
@@ -130,13 +130,19 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernel computes attention over these."""
     if not eager(q, k, v) or not (q.dtype is k.dtype is v.dtype) or q.dtype not in DTYPES:
         return False
-    low = q.dtype is torch.bfloat16
-    if k.shape != v.shape or k.shape[2] > MOST_KEYS or k.shape[3] > MOST_CHANNELS or not (q.numel() and k.numel()):
+    if k.shape != v.shape or not (q.numel() and k.numel()) or not all(reads(x) for x in (q, k, v)):
         return False
-    few = q.shape[2] < FEW <= k.shape[2] and (k.shape[2] > SHORT or q.shape[0] * q.shape[1] < MANY)
-    if not all(reads(x) for x in (q, k, v)) or (few and not low):
+    return fits(q.shape[0] * q.shape[1], q.shape[2], k.shape[2], k.shape[3], q.dtype)
+
+
+def fits(heads: int, queries: int, keys: int, channels: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel is there for these sizes, and gains; `heads` are those of the whole batch."""
+    if keys > MOST_KEYS or channels > MOST_CHANNELS:
         return False
-    return native.has("attention_forward", q.dtype)
+    low, few = dtype is torch.bfloat16, queries < FEW <= keys and (keys > SHORT or heads < MANY)
+    if (few and not low) or (low and channels % 2):
+        return False
+    return native.has("attention_forward", dtype)
 
 
 def reads(x: Tensor) -> bool:

@@ -17,12 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from blocks.attention import Attention
-from blocks.base import ScorePosition
-from blocks.gates import NoGate
 from blocks.kernels import native
-from blocks.kernels.linear import PLAIN, Linear, eager, unhooked
-from blocks.mlp import GELU, Mlp
-from blocks.norms import LayerNorm
+from blocks.kernels.encoder import parameters, standard
+from blocks.kernels.linear import PLAIN, eager
+from blocks.mlp import Mlp
 from blocks.residual import Residual, drop_path
 from blocks.transformer import Encoder
 
@@ -39,7 +37,7 @@ def serves(block: nn.Module, words: Tensor) -> bool:
         return False
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # a saved graph should run without this package
         return False
-    if not isinstance(block, Encoder) or not standard(block):
+    if type(block) is not Encoder or not standard(block):
         return False
     if words.shape[1] > MOST_WORDS or words.shape[2] > MOST_WIDTH:
         return False
@@ -58,34 +56,6 @@ def serves(block: nn.Module, words: Tensor) -> bool:
         hidden, bias = block.mlp.fc1.out_features, mixer.qkv.bias is not None
         return works(words.shape[1], words.shape[2], mixer.heads, hidden, bias, precision(words))
     return available()
-
-
-def standard(block: Encoder) -> bool:
-    """Whether a block is the textbook encoder: known parts, nothing between them, no dropout inside a branch."""
-    mixer, mlp = block.mixer, block.mlp
-    if type(block) is not Encoder or type(mixer) is not Attention or type(mlp) is not Mlp or type(mlp.act) is not GELU:
-        return False
-    if block.norm_stream:
-        return False
-    if type(mixer.position) is not ScorePosition or type(mixer.gate) is not NoGate:
-        return False
-    if block.training and (mixer.attn_drop > 0 or mixer.proj_drop.p > 0 or mlp.drop.p > 0):
-        return False
-    norms, residuals = (block.norm1, block.norm2), (block.mixer_residual, block.mlp_residual)
-    layers = (mixer.qkv, mixer.proj, mlp.fc1, mlp.fc2)
-    if any(type(part) is not LayerNorm for part in norms) or any(type(part) is not Linear for part in layers):
-        return False
-    if any(type(r) is not Residual or type(r.gate) is not NoGate or r.layer_scale is not None or r.scale != 1.0
-           for r in residuals):  # fmt: skip
-        return False
-    return unhooked(block, mixer, mlp, mlp.act, *norms, *residuals, *layers)
-
-
-def parameters(block: Any) -> tuple[Tensor | None, ...]:
-    """A block's parameters in the order of the kernels."""
-    mixer, mlp = block.mixer, block.mlp
-    parts = (block.norm1, mixer.qkv, mixer.proj, block.norm2, mlp.fc1, mlp.fc2)
-    return tuple(p for part in parts for p in (part.weight, part.bias))
 
 
 def run(block: Any, words: Tensor) -> Tensor:

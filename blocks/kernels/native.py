@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -165,6 +165,23 @@ def run(name: str, dtype: torch.dtype, *parts: Part) -> None:
     kernel = _taking(library(), _named(name, dtype), len(given) + 1)
     if kernel(*given, threads()):
         raise MemoryError(f"{name} had no memory to work in")
+
+
+def places(tensors: Sequence[Tensor | None]) -> ctypes.Array[Any]:
+    """Where tensors lie, for a kernel that takes many."""
+    return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
+
+
+def room(name: str, dtype: torch.dtype, shape: ctypes.Structure) -> list[int]:
+    """What a kernel of that name says of bytes: that its forward pass keeps, and that each pass works in."""
+    found = (ctypes.c_int64 * 4)()
+    run(name, dtype, shape, found)
+    return list(found)
+
+
+def space(size: int) -> Tensor:
+    """Memory of so many bytes."""
+    return torch.empty(size, dtype=torch.uint8)
 
 
 @cache

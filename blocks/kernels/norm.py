@@ -55,21 +55,21 @@ class Shape(ctypes.Structure):
     ]  # fmt: skip
 
     @classmethod
-    def of(cls, x: Tensor, eps: float = 0.0, words: int = 0) -> Shape:
+    def of(cls, x: Tensor, eps: float = 0.0) -> Shape:
         """Of rows `(samples, …, dim)`."""
         dim = x.shape[-1]
         rows = x.numel() // dim
-        return cls(rows, rows // x.shape[0], dim, torch.get_num_threads(), words, eps)
+        return cls(rows, rows // x.shape[0], dim, torch.get_num_threads(), 0, eps)
 
 
-class Places(ctypes.Structure):
-    """Where the rows of float32 tokens `(B, N, C)` lie."""
+class Rows(ctypes.Structure):
+    """Where the rows of float32 tokens `(B, N, C)` lie; nowhere, if there are none."""
 
     _fields_ = [("at", ctypes.c_void_p), ("sample", ctypes.c_int64)]
 
     @classmethod
-    def of(cls, x: Tensor) -> Places:
-        return cls(x.data_ptr(), x.stride(0))
+    def of(cls, x: Tensor | None) -> Rows:
+        return cls(None, 0) if x is None else cls(x.data_ptr(), x.stride(0))
 
 
 def add_norm(
@@ -80,7 +80,6 @@ def add_norm(
     dtype: torch.dtype,
     branch: Tensor | None = None,
     factor: Tensor | None = None,
-    words: int = 0,
     own: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The sum `x + factor · branch` of float32 rows `(samples, …, dim)`, and what a norm makes of it, in `dtype`.
@@ -88,31 +87,22 @@ def add_norm(
     Args:
         branch: of the shape of x, in `dtype`; without one the sum is x, whose gradients then come together here.
         factor: of each sample's branch.
-        words: into so many a row is divided, by whose channels it lies in memory while the norm goes by words: a
-            multiple of 16, or 0.
         own: whether nobody else holds x, so that without gradients the sum may take its place.
     """
     if watched(x, branch, weight):
-        stream, made = _AddNorm.apply(x, weight, bias, eps, dtype, branch, factor, words)
+        stream, made = _AddNorm.apply(x, weight, bias, eps, dtype, branch, factor)
         stats = made.grad_fn.stats
         del made.grad_fn.stats
-        make = partial(_again, eps, dtype, words)
+        make = partial(_again, eps, dtype)
         made.recipe = Recipe(make, (stream, stats, weight, bias), made._version)
         return stream, made
-    stream, made, _ = _forward(x, weight, bias, eps, dtype, branch, factor, words, own and not torch.is_grad_enabled())
+    stream, made, _ = _forward(x, weight, bias, eps, dtype, branch, factor, own and not torch.is_grad_enabled())
     return stream, made
 
 
 def added(x: Tensor, branch: Tensor, factor: Tensor | None, own: bool = False) -> Tensor:
     """`x + factor · branch` of float32 and bfloat16 `(samples, …, dim)`; `own` as above."""
     return _Add.apply(x, branch, factor) if watched(x, branch) else _sum(x, branch, factor, own)
-
-
-def norm_onto(y: Tensor, weight: Tensor, bias: Tensor, eps: float, x: Tensor, prefix: Tensor | None) -> Tensor:
-    """`x + norm(y)` of tokens `(B, N, C)`, behind `prefix` if there is one. Samples of x may be any distance apart."""
-    if watched(y, weight, x):
-        return _NormOnto.apply(y, weight, bias, eps, x, prefix)
-    return _onto(y, weight, bias, eps, x, prefix)[0]
 
 
 def _sum(x: Tensor, branch: Tensor, factor: Tensor | None, own: bool = False) -> Tensor:
@@ -130,11 +120,10 @@ def _forward(
     dtype: torch.dtype,
     branch: Tensor | None,
     factor: Tensor | None,
-    words: int,
     own: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum, its norm, and mean and inverse deviation of each row."""
-    shape = Shape.of(x, eps, words)
+    shape = Shape.of(x, eps)
     total = x if branch is None or own else torch.empty_like(x)
     made = torch.empty_like(x, dtype=dtype)
     stats = x.new_empty(shape.rows, 2)
@@ -142,15 +131,12 @@ def _forward(
     return total, made, stats
 
 
-def _again(
-    eps: float, dtype: torch.dtype, words: int, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor
-) -> Tensor:
+def _again(eps: float, dtype: torch.dtype, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What the norm made."""
     if torch.is_grad_enabled():
-        x = x.unflatten(-1, (-1, words)).transpose(-1, -2).flatten(-2) if words else x
         return F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
     made = torch.empty_like(x, dtype=dtype)
-    run("norm_again", dtype, Shape.of(x, words=words), x, weight, bias, stats, made)
+    run("norm_again", dtype, Shape.of(x), x, weight, bias, stats, made)
     return made
 
 
@@ -162,7 +148,7 @@ def _grads(shape: Shape, weight: Tensor) -> tuple[Tensor, Tensor]:
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
-        _, weight, bias, ctx.eps, ctx.dtype, branch, factor, ctx.words = given
+        _, weight, bias, ctx.eps, ctx.dtype, branch, factor = given
         ctx.set_materialize_grads(False)
         ctx.with_branch = branch is not None
         total, made, ctx.stats = _forward(*given)
@@ -176,24 +162,24 @@ class _AddNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # these gradients will be differentiated in turn
             dx = torch.zeros_like(x) if stream is None else stream
             if grad is not None:
-                made = _again(ctx.eps, ctx.dtype, ctx.words, x, stats, weight, bias)
+                made = _again(ctx.eps, ctx.dtype, x, stats, weight, bias)
                 more, dw, db = torch.autograd.grad(made, (x, weight, bias), grad, create_graph=True)
                 dx = dx + more
             if ctx.with_branch:
                 dbranch = (dx if factor is None else dx * factor.view(-1, *[1] * (x.dim() - 1))).to(ctx.dtype)
-            return dx, dw, db, None, None, dbranch, None, None
-        stream, shape = None if stream is None else stream.contiguous(), Shape.of(x, words=ctx.words)
+            return dx, dw, db, None, None, dbranch, None
+        stream, shape = None if stream is None else stream.contiguous(), Shape.of(x)
         if ctx.with_branch:
             dbranch = torch.empty_like(x, dtype=ctx.dtype)
         if grad is None:
             if stream is not None and dbranch is not None:
                 run("norm_scaled", ctx.dtype, shape, stream, factor, dbranch)
-            return stream, None, None, None, None, None if stream is None else dbranch, None, None
+            return stream, None, None, None, None, None if stream is None else dbranch, None
         dx, (parts, dw) = torch.empty_like(x), _grads(shape, weight)
         run("norm_backward", ctx.dtype, shape, x, weight, stats, grad.contiguous(), stream,
              factor, dx, dbranch, parts, dw)  # fmt: skip
         dw, db = dw.unbind()
-        return dx, dw, db, None, None, dbranch, None, None
+        return dx, dw, db, None, None, dbranch, None
 
 
 class _Add(torch.autograd.Function):
@@ -212,41 +198,3 @@ class _Add(torch.autograd.Function):
         dbranch, grad = torch.empty(grad.shape, dtype=ctx.dtype), grad.contiguous()
         run("norm_scaled", ctx.dtype, Shape.of(grad), grad, factor, dbranch)
         return grad, dbranch, None
-
-
-def _onto(
-    y: Tensor, weight: Tensor, bias: Tensor, eps: float, x: Tensor, prefix: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The tokens, and mean and inverse deviation of each row of y."""
-    (b, n, dim), count = x.shape, 0 if prefix is None else prefix.shape[1]
-    made, stats = x.new_empty(b, count + n, dim), x.new_empty(b * n, 2)
-    if prefix is not None:
-        made[:, :count] = prefix
-    places = (Places.of(x), stats, Places.of(made[:, count:]))
-    run("norm_onto", y.dtype, Shape.of(y, eps), y, weight, bias, *places)
-    return made, stats
-
-
-class _NormOnto(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, weight: Tensor, bias: Tensor, eps: float, x: Tensor, prefix: Tensor | None
-    ) -> Tensor:
-        made, stats = _onto(y, weight, bias, eps, x, prefix)
-        ctx.save_for_backward(y, stats, weight, bias)
-        ctx.eps, ctx.count = eps, 0 if prefix is None else prefix.shape[1]
-        return made
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        y, stats, weight, bias = ctx.saved_tensors
-        rest, first = grad[:, ctx.count :], grad[:, : ctx.count] if ctx.count else None
-        if torch.is_grad_enabled():  # these gradients will be differentiated in turn
-            made = F.layer_norm(y.float(), weight.shape, weight, bias, ctx.eps)
-            dy, dw, db = torch.autograd.grad(made, (y, weight, bias), rest, create_graph=True)
-            return dy, dw, db, None, rest, first
-        grad, shape = grad.contiguous(), Shape.of(y)
-        dy, (parts, dw) = torch.empty_like(y), _grads(shape, weight)
-        run("norm_onto_back", y.dtype, shape, y, weight, stats, Places.of(grad[:, ctx.count :]), dy, parts, dw)
-        dw, db = dw.unbind()
-        return dy, dw, db, None, rest, first

@@ -177,6 +177,11 @@ def faster(flops: float, dtype: torch.dtype = torch.float32) -> bool:
     return dtype is torch.float32 and flops >= FLOOR and flops >= _smallest() * torch.get_num_threads()
 
 
+def preferred(dtype: torch.dtype) -> bool:
+    """Whether the kernel is there, and large products are not faster by another on this machine's CPU."""
+    return kernel(dtype) and (dtype is torch.bfloat16 or _smallest() < float("inf"))
+
+
 @cache
 def _smallest() -> float:
     """The smallest product for one thread that is faster here than by BLAS; infinite where there is none.

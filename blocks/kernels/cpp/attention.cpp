@@ -5,26 +5,13 @@
 // backward pass only each query's largest score and the inverse of its sum are kept, and the scores computed again.
 // Many heads on short sequences are worked on side by side (attention_lanes.h).
 
-#include "vector.h"
+#include "calls.h"
 
 namespace {
 
 #include "words.h"
 
-struct Shape {  // as in attention.py
-  int64_t batch, heads;
-  int32_t queries, keys, d, threads;
-  float scale;
-};
-
-struct Rows {  // distances in elements
-  char* at;
-  int64_t batch, token, head;
-  template <class E>
-  E* of(int64_t b, int64_t h, int64_t row = 0) const {
-    return reinterpret_cast<E*>(at) + b * batch + h * head + row * token;
-  }
-};
+using attention::Rows, attention::Shape;
 
 enum { Q, K_, V_, OUT, DQ = 4, DK, DV };
 

@@ -1,6 +1,6 @@
 // GELU, and its backward pass, which gives what GELU gave too: a Linear behind it wants both, and they share their work.
 
-#include "vector.h"
+#include "calls.h"
 
 namespace {
 

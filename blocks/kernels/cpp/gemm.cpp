@@ -4,7 +4,7 @@
 // vectors of columns of the second. A block of the first stays in the second-level cache while the panels of the second
 // go by. What comes behind the product is done before it is written.
 
-#include "vector.h"
+#include "calls.h"
 
 namespace {
 
@@ -15,9 +15,7 @@ constexpr int BLOCK = 480 * 1024, MOST_PANELS = 16;  // bytes and panels of a bl
 constexpr int DEPTH = 544;  // words that a gradient of weights sums before it adds to memory
 constexpr int64_t SMALL = 128 * 1024;  // numbers of a gradient that each thread may have a part of its own of
 
-struct Size {
-  int64_t m, n, k, threads;
-};
+using products::Size;
 
 // Adds the sums of a panel's rows to the first `count` of `to`.
 template <class K>
@@ -120,8 +118,7 @@ void product(const Factor& a, const Factor& b, const Result& c, const Size& size
         for (int64_t p = from; p < to; ++p)
           for (int64_t r = row; r < last; r += HIGH, ++count)
             tile<K>(rows + (r - row) / HIGH * gap_a, columns + p * gap_b, words, part, c, n, r,
-                    int(std::min<int64_t>(HIGH, last - r)), p * WIDE,
-                    int(std::min<int64_t>(VECTORS, (n - p * WIDE) / LANES)), chunk > 0, later.of(count));
+                    int(std::min<int64_t>(HIGH, last - r)), p * WIDE, chunk > 0, later.of(count));
         if (c.sums && group == 0)
           for (int64_t r = row; r < last; r += HIGH)
             add_sums<K>(rows + (r - row) / HIGH * gap_a, words, c.sums + r, int(std::min<int64_t>(HIGH, last - r)));

@@ -1,30 +1,10 @@
 // Matrix products: factors in panels, in which what is multiplied at a time lies together, and tiles of the result.
 
-// Matrix products: factors in panels, in which what is multiplied at a time lies together, and tiles of the result.
-
 constexpr int HIGH = LANES == 16 ? 12 : 6, VECTORS = 2, WIDE = VECTORS * LANES;  // of tiles held in registers
 constexpr int PART = 256;  // words that are summed one by one, since rounding grows with their number
 constexpr int AHEAD = 8;   // words ahead of those that are packed: their rows lie too far apart to be foreseen
 
-enum { NONE, RELU, GELU };
-
-struct Factor {  // as in products.py: element (row, k) lies at row · step + k, or turned at k · step + row
-  const void* at;
-  int64_t step;
-  int32_t turned, single;  // single: float32, whatever the kind
-
-  template <class E>
-  const E* of(int64_t row, int64_t k) const {
-    return static_cast<const E*>(at) + (turned ? k * step + row : row * step + k);
-  }
-};
-
-struct Result {
-  void* at;
-  int32_t single, add, act, spare;
-  const float* bias;
-  float* sums;  // of the rows of the first factor, which is turned
-};
+using products::Factor, products::GELU, products::NONE, products::RELU, products::Result;
 
 // Vectors of words: of elements side by side, and of two rows' elements.
 template <class K, class E>
@@ -95,92 +75,102 @@ struct Ahead {
   int64_t pace;  // bytes for each word
 };
 
-// Products of the panels' next words, for a tile.
-template <class K>
-inline void multiply(const float*& a, const float*& b, int64_t words, Ahead& ahead, V (&s)[HIGH][VECTORS]) {
+// Products of the panels' next words, for a tile of so many vectors; a panel has room for all.
+template <class K, int COUNT>
+inline void multiply(const float*& a, const float*& b, int64_t words, Ahead& ahead, V (&s)[HIGH][COUNT]) {
 #pragma GCC unroll 12
   for (int r = 0; r < HIGH; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) s[r][v] = set(0.0f);
+    for (int v = 0; v < COUNT; ++v) s[r][v] = set(0.0f);
   for (int64_t w = 0; w < words; ++w, a += HIGH, b += WIDE, ahead.at += ahead.pace) {
     _mm_prefetch(ahead.at, _MM_HINT_T1);
-    V x[VECTORS];
+    V x[COUNT];
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) x[v] = loadu(b + v * LANES);
+    for (int v = 0; v < COUNT; ++v) x[v] = loadu(b + v * LANES);
 #pragma GCC unroll 12
     for (int r = 0; r < HIGH; ++r) {
       V y = set(a[r]);
 #pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) s[r][v] = K::dot(y, x[v], s[r][v]);
+      for (int v = 0; v < COUNT; ++v) s[r][v] = K::dot(y, x[v], s[r][v]);
     }
   }
 }
 
-// One tile of a product, with what comes behind it; `bias` belongs to its columns, `vectors` of which there are.
-template <class K>
-INLINE void sums(const float* a, const float* b, int64_t words, int64_t part, const float* bias, int vectors, int act,
-                 Ahead ahead, V (&s)[HIGH][VECTORS]) {
+// One tile of a product, with what comes behind it; `bias` belongs to its columns.
+template <class K, int COUNT>
+INLINE void sums(const float* a, const float* b, int64_t words, int64_t part, const float* bias, int act, Ahead ahead,
+                 V (&s)[HIGH][COUNT]) {
   multiply<K>(a, b, std::min(words, part), ahead, s);
   for (int64_t done = part; done < words; done += part) {
-    V sum[HIGH][VECTORS];
+    V sum[HIGH][COUNT];
     std::memcpy(sum, s, sizeof s);
     multiply<K>(a, b, std::min(words - done, part), ahead, s);
 #pragma GCC unroll 12
     for (int r = 0; r < HIGH; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) s[r][v] += sum[r][v];
+      for (int v = 0; v < COUNT; ++v) s[r][v] += sum[r][v];
   }
   if (bias) {
-    V shift[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) shift[v] = v < vectors ? loadu(bias + v * LANES) : set(0.0f);
+    V shift[COUNT];
+    for (int v = 0; v < COUNT; ++v) shift[v] = loadu(bias + v * LANES);
 #pragma GCC unroll 12
     for (int r = 0; r < HIGH; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) s[r][v] += shift[v];
+      for (int v = 0; v < COUNT; ++v) s[r][v] += shift[v];
   }
   if (act == RELU)
 #pragma GCC unroll 12
     for (int r = 0; r < HIGH; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) s[r][v] = max(s[r][v], set(0.0f));
+      for (int v = 0; v < COUNT; ++v) s[r][v] = max(s[r][v], set(0.0f));
   if (act == GELU)
     for (int r = 0; r < HIGH; ++r) {
-      V p[VECTORS];
-      for (int v = 0; v < VECTORS; ++v) p[v] = s[r][v];
-      phi<VECTORS>(p);
-      for (int v = 0; v < VECTORS; ++v) s[r][v] = max(s[r][v], set(-5.2f)) * p[v];  // below, Φ is no longer exact, nor 0
+      V p[COUNT];
+      for (int v = 0; v < COUNT; ++v) p[v] = s[r][v];
+      phi<COUNT>(p);
+      for (int v = 0; v < COUNT; ++v) s[r][v] = max(s[r][v], set(-5.2f)) * p[v];  // below, Φ is no longer exact, nor 0
     }
 }
 
 // One tile of the result; `again` where what is there already is a part of the sum.
-template <class K>
-void tile(const float* a, const float* b, int64_t words, int64_t part, const Result& c, int64_t n, int64_t row,
-          int rows, int64_t column, int vectors, bool again, Ahead ahead) {
+template <class K, int COUNT>
+INLINE void tile_of(const float* a, const float* b, int64_t words, int64_t part, const Result& c, int64_t n, int64_t row,
+                    int rows, int64_t column, bool again, Ahead ahead) {
   using E = typename K::E;
   const bool add = c.add || again, single = c.single || K::U == 1;
   auto place = [&](int r, int v) { return (row + r) * n + column + v * LANES; };
   for (int r = 0; r < rows; ++r)  // lines that are far apart are not foreseen, also where they are only written
-    for (int v = 0; v < vectors; ++v)
+    for (int v = 0; v < COUNT; ++v)
       __builtin_prefetch(static_cast<const char*>(c.at) + place(r, v) * (single ? sizeof(float) : sizeof(E)));
-  V s[HIGH][VECTORS];
-  sums<K>(a, b, words, part, c.bias ? c.bias + column : nullptr, vectors, c.act, ahead, s);
-  auto give = [&](int r, int v) {
-    if (single) {
-      float* to = static_cast<float*>(c.at) + place(r, v);
-      storeu(to, add ? loadu(to) + s[r][v] : s[r][v]);
-    } else {
-      E* to = static_cast<E*>(c.at) + place(r, v);
-      K::narrow(to, add ? K::widen(to) + s[r][v] : s[r][v]);
+  V s[HIGH][COUNT];
+  sums<K>(a, b, words, part, c.bias ? c.bias + column : nullptr, c.act, ahead, s);
+  auto give = [&](int r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < COUNT; ++v) {
+      if (single) {
+        float* to = static_cast<float*>(c.at) + place(r, v);
+        storeu(to, add ? loadu(to) + s[r][v] : s[r][v]);
+      } else {
+        E* to = static_cast<E*>(c.at) + place(r, v);
+        K::narrow(to, add ? K::widen(to) + s[r][v] : s[r][v]);
+      }
     }
   };
-  if (rows == HIGH && vectors == VECTORS) {
+  if (rows == HIGH) {
 #pragma GCC unroll 12
-    for (int r = 0; r < HIGH; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) give(r, v);
+    for (int r = 0; r < HIGH; ++r) give(r);
   } else {
-    for (int r = 0; r < rows; ++r)
-      for (int v = 0; v < vectors; ++v) give(r, v);
+    for (int r = 0; r < rows; ++r) give(r);
+  }
+}
+
+template <class K>
+void tile(const float* a, const float* b, int64_t words, int64_t part, const Result& c, int64_t n, int64_t row, int rows,
+          int64_t column, bool again, Ahead ahead) {
+  if (n - column >= WIDE) {
+    tile_of<K, VECTORS>(a, b, words, part, c, n, row, rows, column, again, ahead);
+  } else {  // of the last panel, where the width is an odd number of vectors
+    tile_of<K, 1>(a, b, words, part, c, n, row, rows, column, again, ahead);
   }
 }
 

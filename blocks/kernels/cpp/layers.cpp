@@ -3,7 +3,7 @@
 // Of some rows all that lies between the layers is made at once, in the order in which the second layer multiplies it:
 // it never leaves the second-level cache, nor is it packed.
 
-#include "vector.h"
+#include "calls.h"
 
 namespace {
 
@@ -12,16 +12,14 @@ namespace {
 
 constexpr int BLOCK = 640 * 1024, MOST_PANELS = 16;  // bytes and panels of rows, and of what is made of them
 
-struct Size {  // as in layers.py
-  int64_t rows, in, hidden, out, threads;
-};
+using Size = products::Layers;
 
 // A tile of the first layer, as words of rows for the second.
 template <class K>
 void between(const float* a, const float* b, int64_t words, int64_t part, const float* bias, int act, Ahead ahead,
              float* to) {
   V s[HIGH][VECTORS];
-  sums<K>(a, b, words, part, bias, VECTORS, act, ahead, s);
+  sums<K>(a, b, words, part, bias, act, ahead, s);
 #pragma GCC unroll 2
   for (int v = 0; v < VECTORS; v += K::U, to += LANES * HIGH) {
     V x[LANES];
@@ -83,8 +81,7 @@ void layers(const Factor& x, const Factor& first, const float* bias, const Facto
       for (int64_t p = 0; p < panels[1]; ++p)
         for (int64_t r = from; r < to; r += HIGH)
           tile<K>(made + (r - from) / HIGH * gap_y, columns2 + p * gap_mid, mid, part_of(mid), c, s.out, r,
-                  int(std::min<int64_t>(HIGH, to - r)), p * WIDE,
-                  int(std::min<int64_t>(VECTORS, (s.out - p * WIDE) / LANES)), false, Ahead{ahead, 0});
+                  int(std::min<int64_t>(HIGH, to - r)), p * WIDE, false, Ahead{ahead, 0});
     }
   });
 }

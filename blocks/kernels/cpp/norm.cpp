@@ -1,27 +1,15 @@
 // LayerNorm over rows of numbers together with what stands around it: the residual addition before it, its result in
 // the precision of the product behind it, the sum of a row's two gradients. Each is one pass over memory.
 
-#include "vector.h"
+#include "calls.h"
 
 namespace {
 
 #include "words.h"
 
-struct Shape {  // as in norm.py
-  int64_t rows, group;  // all rows, and those of one sample
-  int32_t dim, threads;
-  int32_t words;  // into which a row is divided, by whose channels it lies in memory while the norm goes by words; or 0
-  float eps;
-};
+using norm::CHUNK, norm::Rows, norm::Shape;
 
-// Rows of float32, those of a sample together, the samples any distance apart.
-struct Rows {
-  float* at;
-  int64_t sample;
-  float* of(const Shape& s, int64_t row) const { return at + row / s.group * sample + row % s.group * s.dim; }
-};
-
-constexpr int MOST_DIM = 2048, CHUNK = 64;  // numbers in a row; rows whose gradients of the weights are summed first
+constexpr int MOST_DIM = 2048;  // numbers in a row
 
 // A row that lies as (channels, words) by words; those are a multiple of LANES. `to` has room for LANES more.
 inline void by_words(const float* x, int d, int words, float* to) {
@@ -187,7 +175,7 @@ void scaled(const Shape& s, const float* x, const float* factor, typename K::E* 
   });
 }
 
-// What a norm makes of rows of any precision is added to others.
+// What a norm makes of rows of any precision is added to others, where there are any.
 template <class K>
 void onto(const Shape& s, const typename K::E* x, const float* w, const float* b, const Rows& base, float* stats,
           const Rows& to, Parallel parallel) {
@@ -198,9 +186,9 @@ void onto(const Shape& s, const typename K::E* x, const float* w, const float* b
       for (int i = 0; i < d; i += LANES) storeu(room + i, K::widen(x + r * d + i));
       moments(room, d, s.eps, stats + 2 * r);
       normed<Full>(room, stats + 2 * r, w, b, d, room);
-      const float* below = base.of(s, r);
+      const float* below = base.at ? base.of(s, r) : nullptr;
       float* sum = to.of(s, r);
-      for (int i = 0; i < d; i += LANES) storeu(sum + i, loadu(room + i) + loadu(below + i));
+      for (int i = 0; i < d; i += LANES) storeu(sum + i, below ? loadu(room + i) + loadu(below + i) : loadu(room + i));
     }
   });
 }

@@ -1,0 +1,70 @@
+// For kernels that run others one after the other: these by the type of what is in the products' precision.
+
+template <class Type>
+struct Kernels;
+
+#define KERNELS(TYPE, END)                                      \
+  template <>                                                   \
+  struct Kernels<TYPE> {                                        \
+    static constexpr auto norm = norm_forward##END;             \
+    static constexpr auto norm_again = ::norm_again##END;       \
+    static constexpr auto norm_back = norm_backward##END;       \
+    static constexpr auto scale = norm_scaled##END;             \
+    static constexpr auto onto = norm_onto##END;                \
+    static constexpr auto onto_back = norm_onto_back##END;      \
+    static constexpr auto attend = attention_forward##END;      \
+    static constexpr auto attend_back = attention_backward##END;\
+    static constexpr auto multiply = gemm##END;                 \
+    static constexpr auto layers = two_layers##END;             \
+    static constexpr auto activate = gelu##END;                 \
+  };
+KERNELS(float, )
+#ifdef __AVX512BF16__
+KERNELS(uint16_t, _bf16)
+#endif
+#undef KERNELS
+
+inline void need(int failed) {
+  if (failed) throw std::bad_alloc();
+}
+
+// Linear layers with weights in float32, `in` numbers to `out`, over m rows.
+template <class Type>
+struct Linears {
+  using E = Type;
+  using Call = Kernels<E>;
+  static constexpr bool SINGLE = sizeof(E) == sizeof(float);
+
+  Parallel parallel;
+  int64_t threads;
+
+  void product(const E* x, int64_t m, int64_t in, const float* weight, int64_t out, const float* bias, E* to,
+               int act = products::NONE) const {
+    multiply({x, in, 0, SINGLE}, {weight, in, 0, 1}, {to, SINGLE, 0, act, 0, bias, nullptr}, {m, out, in, threads});
+  }
+
+  // The gradient of what went in.
+  void below(const E* grad, int64_t m, int64_t out, const float* weight, int64_t in, E* to) const {
+    multiply({grad, out, 0, SINGLE}, {weight, in, 1, 1}, {to, SINGLE, 0, 0, 0, nullptr, nullptr}, {m, in, out, threads});
+  }
+
+  // Those of weight and bias.
+  void learn(const E* grad, int64_t m, int64_t out, const E* x, int64_t in, float* weight, float* bias) const {
+    multiply({grad, out, 1, SINGLE}, {x, in, 1, SINGLE}, {weight, 1, 0, 0, 0, nullptr, bias}, {out, in, m, threads});
+  }
+
+  // `to` += second · GELU(first · x + bias) + bias2.
+  void two(const E* x, int64_t m, int64_t in, const float* first, const float* bias, int64_t hidden, const float* second,
+           const float* bias2, int64_t out, float* to) const {
+    const products::Factor a{x, in, 0, SINGLE}, b{first, in, 0, 1}, c{second, hidden, 0, 1};
+    const products::Result r{to, 1, 1, products::GELU, 0, bias2, nullptr};
+    const products::Layers size{m, in, hidden, out, threads};
+    need(Call::layers(&a, &b, bias, &c, &r, &size, parallel));
+  }
+
+ private:
+  void multiply(const products::Factor& a, const products::Factor& b, const products::Result& c,
+                const products::Size& size) const {
+    need(Call::multiply(&a, &b, &c, &size, parallel));
+  }
+};
