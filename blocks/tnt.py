@@ -106,7 +106,7 @@ class TNT(Block):
         words = self.mix(words, features.turn)
         if type(self.outer) is Encoder and unhooked(self.outer):
             both = words_onto(
-                words, len(map), self.norm1_proj, self.proj, self.norm2_proj, tokens(map), features.prefix
+                words, map.shape[0], self.norm1_proj, self.proj, self.norm2_proj, tokens(map), features.prefix
             )
             if both is not None:
                 return self.outer.encode(features, both[1]).replace(words=both[0])

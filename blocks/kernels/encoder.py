@@ -59,7 +59,7 @@ def encode(block: Any, x: Tensor, rows: int | None = None) -> Tensor | None:
     Args:
         rows: so many tokens alone are wanted, the first.
     """
-    if torch.compiler.is_compiling() or x.dtype is not torch.float32 or not standard(block):
+    if x.dtype is not torch.float32 or not eager(x) or not standard(block):
         return None
     dtype, parts, (batch, count, dim) = precision(x), parameters(block), x.shape
     heads, hidden, wanted = block.mixer.heads, block.mlp.fc1.out_features, rows or count

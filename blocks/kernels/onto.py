@@ -43,12 +43,12 @@ def words_onto(
     Returns:
         The words, to be used from then on, as that brings their gradients together; and tokens `(B, P + N, C)`.
     """
-    if torch.compiler.is_compiling() or words.dtype is not torch.float32 or not words.numel():
+    if words.dtype is not torch.float32 or not eager(words, prefix):  # before any size, which a graph would record
         return None
     if not (type(norm1) is type(norm2) is LayerNorm and type(proj) is Linear) or not unhooked(norm1, proj, norm2):
         return None
     dtype, parts = precision(words), (norm1.weight, norm1.bias, proj.weight, norm2.weight, norm2.bias)
-    if proj.bias is not None or dtype not in DTYPES or not eager(words, prefix, *parts):
+    if proj.bias is not None or dtype not in DTYPES or not eager(*parts) or not words.numel():
         return None
     if (x is not None and not reads(x)) or (prefix is not None and not (reads(prefix) and prefix.shape[1])):
         return None
