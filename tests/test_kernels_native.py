@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,16 @@ def built() -> Path:
     found = native.library()
     assert found is not None
     return Path(found._name)
+
+
+@pytest.mark.parametrize("capability", native.INSTRUCTIONS)
+def test_the_sources_are_right_for_all_processors(capability: str) -> None:
+    """Also for those that no other test has a library for."""
+    if capability in (CAPABILITY, "AVX2"):
+        pytest.skip("built elsewhere")
+    sources = [str(source) for source in native.SOURCES.glob("*.cpp")]
+    command = [*native.compiler(), *native.FLAGS, *native.INSTRUCTIONS[capability], "-fsyntax-only", *sources]
+    subprocess.run(command, check=True)
 
 
 def load_into(folder: Path, results: multiprocessing.Queue[str]) -> None:

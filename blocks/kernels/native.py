@@ -104,17 +104,22 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def compiler() -> list[str]:
+    """The command of the C++ compiler, the environment's first; empty where there is none."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    return asked or [found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))][:1]
+
+
 def build(capability: str, target: Path) -> None:
     """Builds beside `target` and renames, so that it is never there by half. Raises NoKernel, OSError."""
-    asked = shlex.split(os.environ.get("CXX", ""))
-    compiler = asked or [found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))][:1]
-    if not compiler:
+    asked = compiler()
+    if not asked:
         raise NoKernel("there is no C++ compiler (c++, g++ or clang++); install one to run them several times as fast")
     print("building the CPU kernels, once on this machine …", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made, sources = Path(folder) / target.name, sorted(SOURCES.glob("*.cpp"))
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
-        command = [*compiler, *FLAGS, *INSTRUCTIONS[capability]]
+        command = [*asked, *FLAGS, *INSTRUCTIONS[capability]]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             parts = zip(sources, objects, strict=True)
             list(pool.map(_run, ([*command, "-c", str(source), "-o", to] for source, to in parts)))
