@@ -186,7 +186,7 @@ def room(name: str, dtype: torch.dtype, shape: ctypes.Structure) -> list[int]:
 
 def space(size: int) -> Tensor:
     """Memory of so many bytes."""
-    return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 @cache
