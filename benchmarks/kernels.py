@@ -4,6 +4,7 @@
     uv run python benchmarks/kernels.py --threads 2 --rounds 5  # wall time, on an idle machine
 
 TNT's inner block: timm's, ours in PyTorch (the reference) and ours in one kernel, each in its own memory layout. The
+textbook encoder: timm's block of a ViT, and ours as one call each way, in the sizes of three TNTs' outer blocks. The
 Linears of TNT-S's outer blocks at batch 8, the MLPs of these and of Next-ViT-S's first stage, attention of TNT-S at
 batch 8 and of a tiny one at batch 128 on queries, keys and values as they come out of one product, and Next-ViT-S's
 3×3 convolutions at batch 16: torch's and ours; bfloat16 is autocast on bfloat16 inputs. Weights and inputs are the
@@ -23,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from timm.models import vision_transformer
 from timm.models.tnt import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,7 +34,9 @@ from blocks.attention import Attention
 from blocks.base import Features, Site, linear, to_map, tokens
 from blocks.kernels import conv, inner
 from blocks.kernels.attention import attend
+from blocks.kernels.encoder import encode
 from blocks.mlp import GELU, Mlp, ReLU
+from blocks.norms import LayerNorm
 from blocks.transformer import Encoder
 from framework.bench import equal, report
 from framework.bench.harness import CLOCKS, Candidate, Section, cpu_time, race, threads, wall_time
@@ -41,6 +45,8 @@ from framework.process import prepare
 
 # Token sets, words, width, heads: TNT-S at batch 8, then small TNTs.
 INNER = [(1568, 16, 24, 4), (2048, 16, 12, 2), (2048, 4, 24, 4), (2048, 4, 12, 2), (392, 64, 24, 4)]
+# Samples, tokens, width and heads of the outer blocks of a TNT on digits, of a tiny one, and of TNT-S.
+OUTER = [(64, 17, 48, 4), (128, 17, 192, 3), (8, 197, 384, 6)]
 # Rows, width and output width of TNT-S's outer Linears at batch 8.
 LINEAR = {"qkv": (1576, 384, 1152), "proj": (1576, 384, 384), "fc1": (1576, 384, 1536), "fc2": (1576, 1536, 384)}
 # Samples, tokens, heads and their width, of TNT-S and of a tiny TNT.
@@ -135,6 +141,25 @@ def inner_block(dtype: str, sets: int, words: int, width: int, heads: int) -> Pi
     return Piece(f"{dtype}: {sets} × {words} words of {width}, {heads} heads", dtype, ways)
 
 
+def outer_block(dtype: str, samples: int, count: int, width: int, heads: int) -> Piece:
+    theirs = vision_transformer.Block(width, heads)
+    ours = Encoder(Site.at(width, 4), partial(Attention, heads=heads), norm=partial(LayerNorm, eps=theirs.norm1.eps))
+    x, grad = torch.randn(samples, count, width), torch.randn(samples, count, width)
+    equal.liven(theirs, x)
+    vector_to_parameters(parameters_to_vector(theirs.parameters()), ours.parameters())  # they come in the same order
+
+    def called(x: Tensor) -> Tensor:
+        made = encode(ours, x)
+        assert made is not None, "the kernel is not there, or BLAS is faster"
+        return made
+
+    ways = {
+        "timm": Way(theirs, x, grad, tuple(theirs.parameters())),
+        "ours": Way(called, x, grad, tuple(ours.parameters())),
+    }
+    return Piece(f"{dtype}: {samples} × {count} tokens of {width}, {heads} heads", dtype, ways)
+
+
 def product(dtype: str, name: str, rows: int, width: int, out: int) -> Piece:
     theirs, ours = nn.Linear(width, out), linear(width, out)
     ours.load_state_dict(theirs.state_dict())
@@ -213,6 +238,9 @@ def main() -> None:
     before, found = report.circumstances(), []
     pieces = {
         "inner block of TNT": [inner_block(dtype, *sizes) for dtype in DTYPES for sizes in INNER],
+        "encoder": [
+            outer_block(dtype, *sizes) for dtype in DTYPES for sizes in OUTER if dtype == "float32" or not sizes[2] % 32
+        ],
         "Linear": [product(dtype, name, *sizes) for dtype in DTYPES for name, sizes in LINEAR.items()],
         "attention": [attention(dtype, *sizes) for dtype in DTYPES for sizes in ATTENTION],
         "MLP": [mlp(dtype, *sizes) for dtype in DTYPES for sizes in MLP],
