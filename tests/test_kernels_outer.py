@@ -20,7 +20,7 @@ from blocks.nextvit import NCB, NTB, Downsample
 from blocks.norms import BatchNorm, LayerNorm
 from blocks.stems import ConvStem
 from tests.contract import features, randomise
-from tests.kernels import draw, error, saved_bytes
+from tests.kernels import FORMS, draw, error, in_form, saved_bytes
 
 needs_products = pytest.mark.skipif(
     not (products.kernel(torch.float32) or onednn.multiplies(torch.float32)), reason="no products but torch's here"
@@ -178,6 +178,37 @@ BLOCKS = {
     "ncb": lambda: NCB(Site.at(32, 6, dim=64, stride=2)),
     "ntb": lambda: NTB(Site.at(64, 6, dim=128, stride=1), sr_ratio=2),
 }
+
+
+LAYERS = {
+    "linear": lambda: linear(48, 70, bias=False),
+    "bias": lambda: linear(48, 70),
+    "odd": lambda: linear(50, 70),  # not by the kernel
+    "conv": lambda: nn.Conv2d(32, 48, 3, bias=False),
+    "channels last": lambda: nn.Conv2d(32, 48, 3).to(memory_format=torch.channels_last),
+    "image": lambda: nn.Conv2d(3, 48, 3, bias=False),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_norm_in_a_layer(name: str, dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = LAYERS[name]()
+    for behind in (True, False)[: 1 + isinstance(layer, nn.Linear)]:
+        norm = BatchNorm(layer.weight.shape[0 if behind else 1])
+        randomise(norm)
+        exact, by = copy.deepcopy(layer).double(), copy.deepcopy(norm).double().bn
+        scale = by.weight / (by.running_var + by.eps).sqrt()
+        shift, bias = by.bias - by.running_mean * scale, 0.0 if layer.bias is None else exact.bias
+        scaled = scale.view(-1, *[1] * (layer.weight.dim() - 1)) if behind else scale
+        want = (exact.weight * scaled, shift + bias * scale if behind else exact.weight @ shift + bias)
+        with in_form(form, monkeypatch), torch.no_grad():
+            made = folded.fold(norm, layer.weight, layer.bias, dtype, behind)
+        assert made[0].stride() == layer.weight.stride()
+        for a, b in zip(made, want, strict=True):
+            assert a.dtype is dtype
+            assert error(a, b) < (1e-6 if dtype is torch.float32 else 4e-3)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from blocks.base import Act, Norm
 from blocks.gates import NoGate
-from blocks.kernels import batch_norm, onednn, products
+from blocks.kernels import batch_norm, native, onednn, products
 from blocks.kernels import conv as kernel
 from blocks.kernels.layers import two_layers
 from blocks.kernels.linear import DTYPES, ROWS, Linear, eager, linear, linear_relu, precision, unhooked
@@ -44,12 +44,28 @@ def folds(norm: nn.Module, x: Tensor, *others: nn.Module) -> bool:
     )
 
 
-def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def fold(
+    norm: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, behind: bool
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias, in `dtype`, of the layer with these and the norm behind it, or in front of it."""
     bn = cast(nn.BatchNorm2d, norm.bn)
     assert bn.running_var is not None
     assert bn.running_mean is not None
+    rows, fixed = weight.shape[0], (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    width, own = weight.numel() // rows, [t for t in (weight, bias, *fixed) if t is not None]
+    dense = weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+    served = dense and dtype in DTYPES and not width % batch_norm.LANES and eager(*own)
+    if served and native.has("branch_fixed", dtype) and all(t.dtype is torch.float32 for t in own):
+        made, made_bias = torch.empty_like(weight, dtype=dtype), weight.new_empty(rows)
+        native.call("branch_fixed", dtype, weight, bias, *fixed, bn.eps, behind, rows, width, made, made_bias)
+        return made, made_bias.to(dtype)
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
-    return scale, bn.bias - bn.running_mean * scale
+    shift = bn.bias - bn.running_mean * scale
+    if behind:
+        shift = shift if bias is None else shift + bias * scale
+        return (weight * scale.view(-1, *[1] * (weight.dim() - 1))).to(dtype), shift.to(dtype)
+    shift = weight @ shift
+    return (weight * scale).to(dtype), (shift if bias is None else shift + bias).to(dtype)
 
 
 class Folded(NamedTuple):
@@ -80,10 +96,7 @@ def conv_norm(conv: nn.Module, norm: Norm, act: Act, map: Tensor) -> Folded | No
         return None
     if not folds(norm, map, conv, act):
         return None
-    scale, shift = scale_and_shift(norm)
-    bias = shift if conv.bias is None else shift + conv.bias * scale
-    dtype = precision(map)
-    return Folded(conv, (conv.weight * scale.view(-1, 1, 1, 1)).to(dtype), bias.to(dtype), act)
+    return Folded(conv, *fold(norm, conv.weight, conv.bias, precision(map), behind=True), act)
 
 
 def conv_norm_act(conv: nn.Module, norm: Norm, act: Act, map: Tensor) -> Tensor:
@@ -181,8 +194,7 @@ def linear_norm(layer: nn.Module, norm: Norm, x: Tensor) -> Tensor | None:
     """`norm(layer(x))` on tokens in one product; None where that is not possible."""
     if type(layer) is not Linear or not folds(norm, x, layer):
         return None
-    scale, shift = scale_and_shift(norm)
-    return linear(x, layer.weight * scale[:, None], shift if layer.bias is None else shift + layer.bias * scale)
+    return linear(x, *fold(norm, layer.weight, layer.bias, torch.float32, behind=True))
 
 
 def norm_into_linear(norm: Norm, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -190,9 +202,4 @@ def norm_into_linear(norm: Norm, layer: nn.Module, x: Tensor) -> tuple[Tensor, T
     # The size last: while a graph is recorded it is unknown, and to ask would fix it.
     if type(layer) is not Linear or not folds(norm, x, layer) or x.numel() <= layer.weight.numel():
         return None
-    scale, shift = scale_and_shift(norm)
-    dtype, plain = precision(x), layer.weight.dtype is torch.float32 and layer.weight.is_contiguous()
-    if plain and dtype in DTYPES and not layer.in_features % batch_norm.LANES and batch_norm.available(dtype):
-        return batch_norm.fold(layer.weight, layer.bias, scale, shift, dtype)
-    bias = layer.weight @ shift
-    return layer.weight * scale, bias if layer.bias is None else bias + layer.bias
+    return fold(norm, layer.weight, layer.bias, precision(x), behind=False)

@@ -70,6 +70,28 @@ void folded(const float* weight, const float* bias, const float* scale, const fl
   });
 }
 
+// Weight and bias of a layer with a norm of fixed statistics, which stands in front of it, or behind.
+template <class K>
+void fixed(const float* weight, const float* bias, const float* norm_weight, const float* norm_bias, const float* mean,
+           const float* variance, double eps, bool behind, int64_t rows, int64_t width, void* to, float* to_bias,
+           int threads, Parallel parallel) {
+  const int64_t channels = behind ? rows : width;
+  std::vector<float> scale(channels), shift(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double by = norm_weight[c] / std::sqrt(variance[c] + eps);
+    scale[c] = float(by), shift[c] = float(norm_bias[c] - mean[c] * by);
+  }
+  if (!behind)
+    return folded<K>(weight, bias, scale.data(), shift.data(), rows, width, to, to_bias, threads, parallel);
+  split(rows, width, threads, parallel, [&](int64_t first, int64_t end, int) {
+    for (int64_t r = first; r < end; ++r) {
+      for (int64_t at = r * width; at < (r + 1) * width; at += LANES)
+        K::narrow(static_cast<typename K::E*>(to) + at, loadu(weight + at) * set(scale[r]));
+      to_bias[r] = shift[r] + (bias ? bias[r] * scale[r] : 0.0f);
+    }
+  });
+}
+
 // Of the folded weight's gradient and its bias's, in place, the weight's; and the sums over rows of gradient · weight and
 // of bias · weight.
 void unfolded(float* grad, const float* bias, const float* weight, const float* scale, const float* shift, int64_t rows,
@@ -114,6 +136,14 @@ int branch_unfolded(float* grad, const float* bias, const float* weight, const f
   int branch_folded##NAME(const float* weight, const float* bias, const float* scale, const float* shift,             \
                           int64_t rows, int64_t width, void* to, float* to_bias, int threads, Parallel parallel) {    \
     return guarded([&] { folded<KIND>(weight, bias, scale, shift, rows, width, to, to_bias, threads, parallel); });   \
+  }                                                                                                                   \
+  int branch_fixed##NAME(const float* weight, const float* bias, const float* norm_weight, const float* norm_bias,    \
+                         const float* mean, const float* variance, double eps, int behind, int64_t rows,              \
+                         int64_t width, void* to, float* to_bias, int threads, Parallel parallel) {                   \
+    return guarded([&] {                                                                                              \
+      fixed<KIND>(weight, bias, norm_weight, norm_bias, mean, variance, eps, behind, rows, width, to, to_bias,        \
+                  threads, parallel);                                                                                 \
+    });                                                                                                               \
   }
 
 KERNELS(Full, )
