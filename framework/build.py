@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blocks.base import Block, BlockFactory, BuildError, Features, NoPosition, Position, Shape, Site
 from framework.errors import reason, suggest
@@ -152,6 +153,7 @@ def _chain(
     index: int = 0,
 ) -> Iterator[tuple[int, Block]]:
     features = meta_features(shape) if check else None
+    before: tuple[Block, Features, Features] | None = None  # the last block that was run, with what came in and out
     for stage, section in enumerate(sections):
         stride, entered = section.stride, shape.grid[0]
         for place, name in enumerate(section.names()):
@@ -170,7 +172,12 @@ def _chain(
             )
             block = make_block(section.blocks[name], site)
             if features is not None:
-                features = check_block(block, features, f"{section.where}, block {place} '{name}'")
+                given = features
+                if before is not None and alike((block.eval(), given), before[:2]):
+                    features = before[2]
+                else:
+                    features = check_block(block, given, f"{section.where}, block {place} '{name}'")
+                    before = block, given, features
             if block.out.grid != shape.grid:
                 stride = 1
             shape = block.out
@@ -184,6 +191,31 @@ def _chain(
                 f"{section.where}: no block of {section.pattern!r} takes stride {stride}; put one first that shrinks "
                 "the map (ConvEmbed, Merge, NCB), or set stride: 1"
             )
+
+
+def alike(a: Any, b: Any, seen: set[tuple[int, int]] | None = None) -> bool:
+    """Whether modules, or other values, hold the same, so that the forward of the one is that of the other.
+
+    Of tensors their form counts. What cannot be compared is not alike.
+
+    Args:
+        seen: what is being compared already, where things hold each other.
+    """
+    seen = set() if seen is None else seen
+    if a is b or (id(a), id(b)) in seen:
+        return True
+    seen.add((id(a), id(b)))
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, nn.Module) or is_dataclass(a):
+        return alike(vars(a), vars(b), seen)
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and a.dtype is b.dtype and a.stride() == b.stride()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(value, b[key], seen) for key, value in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(alike(x, y, seen) for x, y in zip(a, b, strict=True))
+    return isinstance(a, int | float | str | set | frozenset) and a == b
 
 
 def make_block(factory: BlockFactory, site: Site) -> Block:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from blocks.attention import Attention
 from blocks.base import Block, BlockFactory, BuildError, Features, Shape, Site, Words
@@ -18,7 +19,7 @@ from blocks.nextvit import NCB, NTB
 from blocks.structure import AddPosition, ClassToken, ConvEmbed, Identity, MakeWords, Merge
 from blocks.tnt import TNT
 from blocks.transformer import Encoder
-from framework.build import Section, compose
+from framework.build import Section, alike, compose
 
 ENC = partial(Encoder, mixer=partial(Attention, heads=2))
 INNER = partial(Encoder, mixer=partial(Attention, heads=2))
@@ -270,3 +271,54 @@ def test_building_draws_for_the_real_blocks_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     for one, other in zip(alone, made, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+class _Counted(_Own):
+    """Notes that it was run; from the third site on it gives something else, as only a number in it tells."""
+
+    runs: ClassVar[list[int]] = []
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.late = site.index >= 2
+
+    def forward(self, features: Features) -> Features:
+        self.runs.append(1)
+        return features.replace(map=features.map[:, 1:]) if self.late else features
+
+
+def test_a_block_like_the_one_before_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Counted, "runs", [])
+    compose([section("own*2", own=_Counted)], MAP)
+    assert len(_Counted.runs) == 1
+    assert "block 2 'own': _Counted.forward gives map (2, 31, 8, 8)" in refusal("own*4", own=_Counted)
+
+
+class _Holder(nn.Module):
+    def __init__(self, **values: Any) -> None:
+        super().__init__()
+        self.child, self.weight = nn.Linear(2, 3), nn.Parameter(torch.zeros(4, 2))
+        self.child.above = [self]  # a circle
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
+OTHERS = {
+    "number": {"number": 2},
+    "type": {"number": 1.0},
+    "deep": {"parts": (1, MAP, {"a": [None, "y"]})},
+    "field": {"parts": (1, replace(MAP, dim=3), {"a": [None, "x"]})},
+    "layer": {"child": nn.Linear(2, 4)},
+    "kind of layer": {"child": nn.Identity()},
+    "order in memory": {"weight": nn.Parameter(torch.zeros(2, 4).t())},
+    "precision": {"weight": nn.Parameter(torch.zeros(4, 2, dtype=torch.float64))},
+    "more": {"further": 1},
+    "nobody knows": {"act": partial(torch.relu)},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_alike(name: str) -> None:
+    values = {"number": 1, "parts": (1, MAP, {"a": [None, "x"]}), "act": torch.relu}
+    assert alike(_Holder(**values), _Holder(**{**values, "parts": (1, replace(MAP), {"a": [None, "x"]})}))
+    assert not alike(_Holder(**values), _Holder(**{**values, **OTHERS[name]}))
