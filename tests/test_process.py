@@ -16,7 +16,7 @@ from framework.process import {name}
 
 {name}()
 held = []
-for step in range(7):
+for step in range(12):
     held = [torch.ones(size) for size in (2**20, 2**22, 2**24)]
     held = []
     if step == 1:
@@ -26,7 +26,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(name: str, **environment: str) -> int:
-    """Pages that five steps with 84 MiB of tensors take from the system, after two others."""
+    """Pages that ten steps with 84 MiB of tensors take from the system, after two others."""
     words = [sys.executable, "-c", STEPS.format(name=name)]
     done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, **environment})
     return int(done.stdout)
