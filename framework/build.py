@@ -207,7 +207,7 @@ def alike(a: Any, b: Any, seen: set[tuple[int, int]] | None = None) -> bool:
     seen.add((id(a), id(b)))
     if type(a) is not type(b):
         return False
-    if isinstance(a, nn.Module) or is_dataclass(a):
+    if (isinstance(a, nn.Module) or is_dataclass(a)) and hasattr(a, "__dict__"):  # a dataclass may have slots
         return alike(vars(a), vars(b), seen)
     if isinstance(a, Tensor):
         return a.shape == b.shape and a.dtype is b.dtype and a.stride() == b.stride()

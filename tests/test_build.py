@@ -5,7 +5,7 @@ Blocks that are defined here begin with an underscore: no config can name them, 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -303,7 +303,13 @@ class _Holder(nn.Module):
             setattr(self, name, value)
 
 
+@dataclass(slots=True)
+class _Slots:
+    number: int = 1
+
+
 OTHERS = {
+    "slots": {"further": _Slots()},
     "number": {"number": 2},
     "type": {"number": 1.0},
     "deep": {"parts": (1, MAP, {"a": [None, "y"]})},

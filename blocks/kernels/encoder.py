@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from blocks.attention import Attention
 from blocks.base import ScorePosition
 from blocks.gates import NoGate
-from blocks.kernels import attention, native, norm, products
-from blocks.kernels import layers as layer
+from blocks.kernels import attention, layers, native, norm, products
 from blocks.kernels.linear import Linear, eager, precision, unhooked
 from blocks.mlp import GELU, Mlp
 from blocks.norms import LayerNorm
@@ -38,12 +37,12 @@ def standard(block: Any) -> bool:
     if block.training and (mixer.attn_drop > 0 or mixer.proj_drop.p > 0 or mlp.drop.p > 0):
         return False
     norms = (block.norm1, block.norm2)
-    layers = (mixer.qkv, mixer.proj, mlp.fc1, mlp.fc2)
-    if any(type(part) is not LayerNorm for part in norms) or any(type(part) is not Linear for part in layers):
+    linears = (mixer.qkv, mixer.proj, mlp.fc1, mlp.fc2)
+    if any(type(part) is not LayerNorm for part in norms) or any(type(part) is not Linear for part in linears):
         return False
     if not (block.mixer_residual.plain and block.mlp_residual.plain):
         return False
-    return unhooked(block, mixer, mixer.gate, mixer.proj_drop, mlp, mlp.act, mlp.drop, *norms, *layers)
+    return unhooked(block, mixer, mixer.gate, mixer.proj_drop, mlp, mlp.act, mlp.drop, *norms, *linears)
 
 
 def parameters(block: Any) -> tuple[Tensor | None, ...]:
@@ -63,16 +62,15 @@ def encode(block: Any, x: Tensor, rows: int | None = None) -> Tensor | None:
         return None
     dtype, parts, (batch, count, dim) = precision(x), parameters(block), x.shape
     heads, hidden, wanted = block.mixer.heads, block.mlp.fc1.out_features, rows or count
-    low = dtype is torch.bfloat16
-    lanes = 32 if low else 16
+    lanes = products.lanes(dtype)
     if dim % lanes or hidden % lanes or not products.preferred(dtype) or not norm.serves(dtype, x):
         return None
     if not eager(*parts) or not attention.fits(batch * heads, wanted, count, dim // heads, dtype):
         return None
     if any(p is not None and not (p.dtype is torch.float32 and p.is_contiguous()) for p in parts):
         return None
-    layers = not hidden % (2 * layer.LANES) and (dim + hidden) // (1 + low) <= layer.MOST
-    settings = (dtype, (batch, count, wanted, dim, heads, hidden), (block.norm1.eps, block.norm2.eps), layers)
+    eps, alone = (block.norm1.eps, block.norm2.eps), layers.fits(dim, hidden, dim, dtype)
+    settings = (dtype, (batch, count, wanted, dim, heads, hidden), eps, alone)
     residuals = (block.mixer_residual, block.mlp_residual)
     if not norm.watched(x, *parts):
         if block.training and any(residual.rate for residual in residuals):
@@ -112,8 +110,8 @@ class Shape(ctypes.Structure):
 
     @classmethod
     def of(cls, settings: Settings) -> Shape:
-        _, sizes, eps, layers = settings
-        return cls(*sizes, torch.get_num_threads(), *eps, layers)
+        _, sizes, eps, alone = settings
+        return cls(*sizes, torch.get_num_threads(), *eps, alone)
 
 
 # Precision of the products, sizes, epsilons of the norms, and whether the MLP is one kernel at inference.

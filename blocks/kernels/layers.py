@@ -22,6 +22,12 @@ class Size(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("rows", "inp", "hidden", "out", "threads")]
 
 
+def fits(inp: int, hidden: int, out: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel is for these widths, with products in `dtype`."""
+    words = 1 + (dtype is torch.bfloat16)  # numbers in one
+    return not (inp % (LANES * words) or hidden % (2 * LANES) or out % LANES) and (inp + hidden) // words <= MOST
+
+
 def two_layers(
     x: Tensor,
     weight: Tensor,
@@ -48,7 +54,7 @@ def two_layers(
         return None
     if not {weight.dtype, weight2.dtype} <= {torch.float32, dtype} or not x.numel():
         return None
-    if inp % (LANES * (1 + low)) or hidden % (2 * LANES) or out % LANES or (inp + hidden) // (1 + low) > MOST:
+    if not fits(inp, hidden, out, dtype):
         return None
     rows = x.reshape(-1, inp)
     flops = 2.0 * rows.numel() * hidden

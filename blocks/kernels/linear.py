@@ -123,10 +123,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`relu(linear(x, weight, bias))` of ordinary tensors on the CPU, without gradients."""
     dtype = precision(x)
-    if dtype in DTYPES and weight.dtype in DTYPES:
-        flops = 2.0 * x.numel() * weight.shape[0]
-        if (dtype is torch.bfloat16 or x.dtype is weight.dtype) and products.faster(flops, dtype):
-            return products.forward(x.to(dtype), weight, bias, "relu")
+    if dtype in DTYPES and weight.dtype in DTYPES and (dtype is torch.bfloat16 or x.dtype is weight.dtype):
+        return products.forward(x.to(dtype), weight, bias, "relu")
     return F.linear(x, weight, bias).relu_()
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blocks.kernels import native
+from blocks.kernels import native, products
 from blocks.kernels.linear import DTYPES, Linear, eager, precision, unhooked
-from blocks.kernels.norm import MOST, Rows, learns, reads, watched
+from blocks.kernels.norm import MOST, Rows, reads, watched
 from blocks.norms import LayerNorm
 
 
@@ -55,12 +55,14 @@ def words_onto(
     order = 0 if words.is_contiguous() else words.shape[1]
     rows = (words.transpose(1, 2) if order else words).flatten(1)
     dim, row = proj.weight.shape
-    lanes = 32 if dtype is torch.bfloat16 else 16
+    lanes = products.lanes(dtype)
     if dim % lanes or row % lanes or max(dim, row) > MOST or not native.has("onto_forward", dtype):
         return None
     if any(p.dtype is not torch.float32 or not p.is_contiguous() for p in parts) or not rows.is_contiguous():
         return None
-    if not all(learns(p, p, words) for p in parts):
+    if (
+        torch.is_grad_enabled() and len({t.requires_grad for t in (words, *parts)}) > 1
+    ):  # the kernel gives all gradients
         return None
     sizes = (batch, len(rows) // batch, 0 if prefix is None else prefix.shape[1], order, row, dim)
     settings = (dtype, sizes, (norm1.eps, norm2.eps))

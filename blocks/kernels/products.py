@@ -136,10 +136,18 @@ def _large(rows: Tensor, weight: Tensor) -> bool:
     return min(weight.shape) >= LARGE or not onednn.multiplies(rows.dtype)
 
 
+def lanes(dtype: torch.dtype) -> int:
+    """Of so many numbers the widths of what is multiplied are whole multiples."""
+    return 32 if dtype is torch.bfloat16 else 16
+
+
 def _serves(first: Tensor, second: Tensor, *whole: int) -> bool:
     """Whether the kernel multiplies these, of which some sizes are to be whole vectors."""
-    lanes = 32 if first.dtype is torch.bfloat16 else 16
-    if not kernel(first.dtype) or any(size % lanes for size in whole) or not (first.numel() and second.numel()):
+    if (
+        not kernel(first.dtype)
+        or any(size % lanes(first.dtype) for size in whole)
+        or not (first.numel() and second.numel())
+    ):
         return False
     fits = second.dtype is first.dtype or (first.dtype is torch.bfloat16 and second.dtype is torch.float32)
     return fits and first.stride(1) == 1 == second.stride(1)
