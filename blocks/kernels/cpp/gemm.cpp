@@ -12,6 +12,7 @@ namespace {
 #include "gemm.h"
 
 constexpr int BLOCK = 480 * 1024, MOST_PANELS = 16;  // bytes and panels of a block
+constexpr int FEW = 8;      // tiles of rows for each thread
 constexpr int DEPTH = 544;  // words that a gradient of weights sums before it adds to memory
 constexpr int64_t SMALL = 128 * 1024;  // numbers of a gradient that each thread may have a part of its own of
 
@@ -75,13 +76,15 @@ void product(const Factor& a, const Factor& b, const Result& c, const Size& size
   const int64_t chunks = a.turned ? std::max<int64_t>(1, k / (DEPTH * U)) : 1;
   auto bound = [&](int64_t i) { return i == chunks ? k : k * i / chunks / U * U; };
   const int64_t most = up(int(k / chunks / U) + 2, LANES);  // words of a part
-  const int64_t high = HIGH * std::max<int64_t>(2, std::min<int64_t>(MOST_PANELS, BLOCK / (4 * HIGH * most)));
-  const int64_t blocks = (m + high - 1) / high, panels = (n + WIDE - 1) / WIDE;
   const int threads = int(std::max(1.0, std::min(double(size.threads), double(m) * n * k / (1 << 20))));
-  const int64_t groups = std::min<int64_t>(panels, threads > 1 ? (2 * threads + blocks - 1) / blocks : 1);
+  const int64_t tall = std::max<int64_t>(2, std::min<int64_t>(MOST_PANELS, BLOCK / (4 * HIGH * most)));
+  const bool split = threads > 1 && m < FEW * HIGH * threads;  // each block by columns too
+  const Blocks blocks(m, tall, split ? 1 : threads);
+  const int64_t panels = (n + WIDE - 1) / WIDE;
+  const int64_t groups = split ? std::min(panels, (4 * threads + blocks.count - 1) / blocks.count) : 1;
 
   // A panel's last vector reaches beyond it; and panels a whole number of pages apart would share places in the cache.
-  const int64_t room_a = (high / HIGH) * (most * HIGH + LANES) + LANES * HIGH, room_b = panels * (most * WIDE + LANES);
+  const int64_t room_a = blocks.largest * (most * HIGH + LANES) + LANES * HIGH, room_b = panels * (most * WIDE + LANES);
   Arena arena{memory((room_b + threads * room_a) * sizeof(float) + 64 * (threads + 1))};
   float* columns = arena.take<float>(room_b);
   float* blocks_of = arena.take<float>(threads * room_a);
@@ -103,8 +106,8 @@ void product(const Factor& a, const Factor& b, const Result& c, const Size& size
     std::atomic<int64_t> next{0};
     run(threads, parallel, [&](int t) {
       float* rows = blocks_of + t * room_a;
-      for (int64_t task; (task = next++) < blocks * groups;) {
-        int64_t row = task / groups * high, group = task % groups, last = std::min(row + high, m);
+      for (int64_t task; (task = next++) < blocks.count * groups;) {
+        const int64_t block = task / groups, group = task % groups, row = blocks.row(block), last = blocks.row(block + 1);
         if (a.turned) {
           pack_across<K, EA, HIGH>(a, row, last, first, end, words, rows, gap_a);
         } else {
@@ -112,8 +115,9 @@ void product(const Factor& a, const Factor& b, const Result& c, const Size& size
             pack_along<K, EA, HIGH>(a, r, m, first, words, rows + (r - row) / HIGH * gap_a, HIGH);
         }
         const int64_t from = panels * group / groups, to = panels * (group + 1) / groups;
-        const int64_t tiles = (to - from) * ((last - row + HIGH - 1) / HIGH), next_row = row + threads * high / groups;
-        const Later<K, EB> later(a, b, size, row, next_row, high, first, end, words, tiles);
+        const int64_t tiles = (to - from) * ((last - row + HIGH - 1) / HIGH);
+        const int64_t next_row = blocks.row((task + threads) / groups);
+        const Later<K, EB> later(a, b, size, row, next_row, last - row, first, end, words, tiles);
         int64_t count = 0;
         for (int64_t p = from; p < to; ++p)
           for (int64_t r = row; r < last; r += HIGH, ++count)

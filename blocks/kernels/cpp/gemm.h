@@ -6,6 +6,23 @@ constexpr int AHEAD = 8;   // words ahead of those that are packed: their rows l
 
 using products::Factor, products::GELU, products::NONE, products::RELU, products::Result;
 
+// Rows in blocks of tiles that threads take one after the other: the later the smaller, so that they end together,
+// also where one of them is slower.
+struct Blocks {
+  int64_t rows, count = 0, largest = 0;
+  std::vector<int64_t> starts;
+
+  Blocks(int64_t rows, int64_t most, int64_t threads) : rows(rows) {
+    const int64_t tiles = (rows + HIGH - 1) / HIGH;
+    for (int64_t at = 0, size; at < tiles; at += size, ++count) {
+      const int64_t fair = threads == 1 ? tiles : (tiles - at) / (2 * threads);
+      size = std::max<int64_t>(1, std::min({fair, most, tiles - at}));
+      starts.push_back(at * HIGH), largest = std::max(largest, size);
+    }
+  }
+  int64_t row(int64_t block) const { return block < count ? starts[block] : rows; }
+};
+
 // Vectors of words: of elements side by side, and of two rows' elements.
 template <class K, class E>
 inline V taken(const E* p) {
@@ -32,8 +49,10 @@ void pack_along(const Factor& f, int64_t row, int64_t rows, int64_t k, int64_t w
   for (int64_t w = 0; w < words; w += LANES) {
     V x[LANES];
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i)
+    for (int i = 0; i < LANES; ++i) {
       x[i] = i < COUNT && row + i < rows ? taken<K>(f.of<E>(row + i, k + w * K::U)) : set(0.0f);
+      if (i < COUNT) _mm_prefetch(reinterpret_cast<const char*>(f.of<E>(row + COUNT + i, k + w * K::U)), _MM_HINT_T0);
+    }
     turn(x);
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i) storeu(to + (w + i) * apart, x[i]);
