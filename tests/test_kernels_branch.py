@@ -27,12 +27,16 @@ BLOCKS: dict[str, Callable[[], NCB | NTB]] = {
 }
 
 
-@pytest.fixture(params=[True, False], ids=["products", "blas"])
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By either library, and several pieces of a small batch."""
-    monkeypatch.setattr(products, "faster", lambda flops, dtype=torch.float32: request.param)
-    monkeypatch.setattr(branch, "ROWS", 100)
-    monkeypatch.setattr(branch, "HIDDEN", 0)
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a look at the clock."""
+    monkeypatch.setattr(products, "_smallest", lambda: 0.0)
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several of a small batch."""
+    monkeypatch.setattr(branch, "HIDDEN", 3 * 36 * 96)
 
 
 def block(name: str, drop_path: float = 0.0) -> NCB | NTB:
@@ -69,7 +73,7 @@ def error(got: Tensor, exact: Tensor) -> float:
     return ((got - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
-@pytest.mark.usefixtures("library")
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("low", [False, True])
 def test_as_near_to_float64_as_the_parts(name: str, low: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +93,7 @@ def test_as_near_to_float64_as_the_parts(name: str, low: bool, monkeypatch: pyte
         assert error(got[key], value) < 2 * error(plain[key], value) + (1e-2 if low else 1e-6), key
 
 
-@pytest.mark.usefixtures("library")
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("name", BLOCKS)
 def test_drops_the_same_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made, map = block(name, 0.5), given(name)
@@ -115,7 +119,7 @@ def test_keeps_less() -> None:
     assert sum(kept.values()) == 4 * (11 * 36 * (32 + 96) + small) + 8 * 2 * 32
 
 
-@pytest.mark.usefixtures("library")
+@pytest.mark.usefixtures("pieces")
 def test_differentiated_twice() -> None:
     made, x = NCB(Site.at(32, 2)).train(), torch.randn(3, 4, 32)
     parts = (made.mlp_residual, made.norm, made.mlp)

@@ -76,16 +76,6 @@ def statistics(bn: nn.BatchNorm2d, map: Tensor) -> tuple[Tensor, Tensor]:
     return forward(map, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, bn.momentum)
 
 
-def fold(
-    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias, in `dtype`, of a Linear on `x`: of the one with these, float32, on `x · scale + shift`."""
-    out, width = weight.shape
-    made, made_bias = torch.empty_like(weight, dtype=dtype), weight.new_empty(out)
-    native.call("branch_folded", dtype, weight, bias, scale, shift, out, width, made, made_bias)
-    return made, made_bias.to(dtype)
-
-
 def _plain(map: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> Tensor:
     made = F.batch_norm(map, None, None, weight, bias, True, 0.0, eps)
     return F.relu(made) if relu else made

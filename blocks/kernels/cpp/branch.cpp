@@ -1,54 +1,53 @@
-// What a branch of batch norm, Linear, ReLU and Linear does beside its products, each in one pass.
+// Training of a residual branch of batch norm, Linear, ReLU and Linear, forward and backward; and norms of fixed
+// statistics put into the layer beside them.
 
-#include "vector.h"
+#include "calls.h"
 
 namespace {
 
 #include "words.h"
+#include "driver.h"
 #include "rows.h"
 
 // The gradient behind ReLU's slope, where `hidden` is what that gave, times a number for each `each` rows; and its sums.
 template <class K>
-void slope(const void* given, const void* hidden, const float* keep, int64_t each, int64_t rows, int64_t width, void* to,
-           double* sum, int threads, Parallel parallel) {
-  using E = typename K::E;
+void slope(const typename K::E* given, const typename K::E* hidden, const float* keep, int64_t each, int64_t rows,
+           int64_t width, typename K::E* to, double* sum, int threads, Parallel parallel) {
   column_sums<1>(rows, width, &sum, threads, parallel, [&](int64_t r, int64_t c, V* found) {
     int64_t at = r * width + c;
-    V d = K::widen(static_cast<const E*>(given) + at);
+    V d = K::widen(given + at);
     if (keep) d = d * set(keep[r / each]);
-    if (hidden) d = above(K::widen(static_cast<const E*>(hidden) + at), d);
-    if (to) K::narrow(static_cast<E*>(to) + at, d);
+    if (hidden) d = above(K::widen(hidden + at), d);
+    if (to) K::narrow(to + at, d);
     found[0] = found[0] + d;
   });
 }
 
 // x + y, or y times a number for each `each` rows.
 template <class K>
-void added(const void* from, const void* branch, const float* keep, int64_t each, int64_t rows, int64_t width, void* to,
-           int threads, Parallel parallel) {
-  using E = typename K::E;
+void added(const typename K::E* from, const typename K::E* branch, const float* keep, int64_t each, int64_t rows,
+           int64_t width, typename K::E* to, int threads, Parallel parallel) {
   split(rows, width, threads, parallel, [&](int64_t first, int64_t end, int) {
     for (int64_t r = first; r < end; ++r) {
       V by = set(keep ? keep[r / each] : 1.0f);
       for (int64_t at = r * width; at < (r + 1) * width; at += LANES)
-        K::narrow(static_cast<E*>(to) + at, fma(K::widen(static_cast<const E*>(branch) + at), by,
-                                                 K::widen(static_cast<const E*>(from) + at)));
+        K::narrow(to + at, fma(K::widen(branch + at), by, K::widen(from + at)));
     }
   });
 }
 
 // given + found · scale + (x - mean) · slope + offset.
 template <class K>
-void gradient(const void* given, const void* found, const void* from, int64_t rows, int64_t width, const float* scale,
-              const float* mean, const float* slope, const float* offset, void* to, int threads, Parallel parallel) {
-  using E = typename K::E;
+void gradient(const typename K::E* given, const typename K::E* found, const typename K::E* from, int64_t rows,
+              int64_t width, const float* scale, const float* mean, const float* slope, const float* offset,
+              typename K::E* to, int threads, Parallel parallel) {
   split(rows, width, threads, parallel, [&](int64_t first, int64_t end, int) {
     for (int64_t r = first; r < end; ++r)
       for (int64_t c = 0; c < width; c += LANES) {
         int64_t at = r * width + c;
-        V a = K::widen(static_cast<const E*>(from) + at) - loadu(mean + c);
-        V d = K::widen(static_cast<const E*>(given) + at) + fma(a, loadu(slope + c), loadu(offset + c));
-        K::narrow(static_cast<E*>(to) + at, fma(K::widen(static_cast<const E*>(found) + at), loadu(scale + c), d));
+        V a = K::widen(from + at) - loadu(mean + c);
+        V d = K::widen(given + at) + fma(a, loadu(slope + c), loadu(offset + c));
+        K::narrow(to + at, fma(K::widen(found + at), loadu(scale + c), d));
       }
   });
 }
@@ -56,13 +55,13 @@ void gradient(const void* given, const void* found, const void* from, int64_t ro
 // weight · scale, and bias + weight · shift.
 template <class K>
 void folded(const float* weight, const float* bias, const float* scale, const float* shift, int64_t rows, int64_t width,
-            void* to, float* to_bias, int threads, Parallel parallel) {
+            typename K::E* to, float* to_bias, int threads, Parallel parallel) {
   split(rows, width, threads, parallel, [&](int64_t first, int64_t end, int) {
     for (int64_t r = first; r < end; ++r) {
       V sum = set(0.0f);
       for (int64_t c = 0; c < width; c += LANES) {
         V w = loadu(weight + r * width + c);
-        K::narrow(static_cast<typename K::E*>(to) + r * width + c, w * loadu(scale + c));
+        K::narrow(to + r * width + c, w * loadu(scale + c));
         sum = fma(w, loadu(shift + c), sum);
       }
       to_bias[r] = (bias ? bias[r] : 0.0f) + total(sum);
@@ -73,8 +72,8 @@ void folded(const float* weight, const float* bias, const float* scale, const fl
 // Weight and bias of a layer with a norm of fixed statistics, which stands in front of it, or behind.
 template <class K>
 void fixed(const float* weight, const float* bias, const float* norm_weight, const float* norm_bias, const float* mean,
-           const float* variance, double eps, bool behind, int64_t rows, int64_t width, void* to, float* to_bias,
-           int threads, Parallel parallel) {
+           const float* variance, double eps, bool behind, int64_t rows, int64_t width, typename K::E* to,
+           float* to_bias, int threads, Parallel parallel) {
   const int64_t channels = behind ? rows : width;
   std::vector<float> scale(channels), shift(channels);
   for (int64_t c = 0; c < channels; ++c) {
@@ -86,7 +85,7 @@ void fixed(const float* weight, const float* bias, const float* norm_weight, con
   split(rows, width, threads, parallel, [&](int64_t first, int64_t end, int) {
     for (int64_t r = first; r < end; ++r) {
       for (int64_t at = r * width; at < (r + 1) * width; at += LANES)
-        K::narrow(static_cast<typename K::E*>(to) + at, loadu(weight + at) * set(scale[r]));
+        K::narrow(to + at, loadu(weight + at) * set(scale[r]));
       to_bias[r] = shift[r] + (bias ? bias[r] * scale[r] : 0.0f);
     }
   });
@@ -105,49 +104,144 @@ void unfolded(float* grad, const float* bias, const float* weight, const float* 
   });
 }
 
-}  // namespace
 
-extern "C" {
+struct Shape {  // as in branch.py
+  int64_t batch, each, piece;  // samples, rows of each, and samples that are worked on at a time
+  int64_t dim, hidden, threads;
+  double eps;
 
-// Widths are whole vectors.
+  int64_t rows() const { return batch * each; }
+};
 
-int branch_unfolded(float* grad, const float* bias, const float* weight, const float* scale, const float* shift,
-                    int64_t rows, int64_t width, double* product, double* sum, int threads, Parallel parallel) {
-  return guarded([&] { unfolded(grad, bias, weight, scale, shift, rows, width, product, sum, threads, parallel); });
+enum { W1, B1, W2, B2 };
+
+struct Norm {  // as batch_norm.cpp gives it
+  const double *mean, *variance;
+  const float *scale, *shift, *centre;
+  Norm(const Shape& s, const double* moments, const float* folded)
+      : mean(moments), variance(moments + s.dim), scale(folded), shift(folded + s.dim), centre(folded + 2 * s.dim) {}
+};
+
+template <class K>
+struct Branch : Linears<typename K::E> {
+  using typename Linears<typename K::E>::E;
+  using Linears<E>::below, Linears<E>::learn, Linears<E>::parallel, Linears<E>::product;
+
+  const Shape& s;
+  const float* const* w;  // the layers' weights and biases, in the order above
+  const Norm norm;
+  const float* keep;  // what the branch of each sample is multiplied by; or null
+
+  struct Forward {  // room
+    float *weight, *bias;
+    E* y;
+    Forward(const Shape& s, Arena& arena)
+        : weight(arena.take<float>(s.hidden * s.dim)), bias(arena.take<float>(s.hidden)),
+          y(arena.take<E>(s.piece * s.each * s.dim)) {}
+  };
+
+  struct Backward {  // room
+    E *d, *dh, *below;
+    double *sums, *total1, *total2, *found;
+    float *slope, *offset;
+    Backward(const Shape& s, Arena& arena)
+        : d(arena.take<E>(s.piece * s.each * s.dim)), dh(arena.take<E>(s.piece * s.each * s.hidden)),
+          below(arena.take<E>(s.rows() * s.dim)), sums(arena.take<double>(std::max(s.dim, s.hidden))),
+          total1(arena.take<double>(s.hidden)), total2(arena.take<double>(s.dim)),
+          found(arena.take<double>(2 * s.dim)), slope(arena.take<float>(s.dim)), offset(arena.take<float>(s.dim)) {}
+  };
+
+  // Calls act(first row, rows, what the samples are multiplied by) for each piece.
+  template <class F>
+  void pieces(const F& act) const {
+    for (int64_t from = 0; from < s.batch; from += s.piece)
+      act(from * s.each, std::min(s.piece, s.batch - from) * s.each, keep ? keep + from : nullptr);
+  }
+
+  void forward(const E* x, E* hidden, const Forward& f, E* out) const {
+    folded<Full>(w[W1], w[B1], norm.scale, norm.shift, s.hidden, s.dim, f.weight, f.bias, s.threads, parallel);
+    pieces([&](int64_t at, int64_t rows, const float* by) {
+      E* h = hidden + at * s.hidden;
+      product(x + at * s.dim, rows, s.dim, f.weight, s.hidden, f.bias, h, products::RELU);
+      product(h, rows, s.hidden, w[W2], s.dim, w[B2], f.y);
+      added<K>(x + at * s.dim, f.y, by, s.each, rows, s.dim, out + at * s.dim, s.threads, parallel);
+    });
+  }
+
+  // `g`: where the gradients of weights and biases go, and behind these of the norm's scale and shift.
+  void backward(const E* x, const E* hidden, const E* grad, const Backward& b, E* dx, float* const* g) const {
+    std::memset(b.total1, 0, s.hidden * sizeof(double)), std::memset(b.total2, 0, s.dim * sizeof(double));
+    auto sum = [&](int64_t count, double* total) {
+      for (int64_t i = 0; i < count; ++i) total[i] += b.sums[i];
+    };
+    pieces([&](int64_t at, int64_t rows, const float* by) {
+      const E *given = grad + at * s.dim, *h = hidden + at * s.hidden;
+      slope<K>(given, nullptr, by, s.each, rows, s.dim, by ? b.d : nullptr, b.sums, s.threads, parallel);
+      sum(s.dim, b.total2);
+      const E* d = by ? b.d : given;
+      learn(d, rows, s.dim, h, s.hidden, g[W2], nullptr, at > 0);
+      below(d, rows, s.dim, w[W2], s.hidden, b.dh);
+      slope<K>(b.dh, h, nullptr, s.each, rows, s.hidden, b.dh, b.sums, s.threads, parallel);
+      sum(s.hidden, b.total1);
+      learn(b.dh, rows, s.hidden, x + at * s.dim, s.dim, g[W1], nullptr, at > 0);
+      below(b.dh, rows, s.hidden, w[W1], s.dim, b.below + at * s.dim);
+    });
+    std::copy(b.total1, b.total1 + s.hidden, g[B1]), std::copy(b.total2, b.total2 + s.dim, g[B2]);
+    // The sums over all rows that a norm's gradient needs, without another look at the rows.
+    unfolded(g[W1], g[B1], w[W1], norm.scale, norm.shift, s.hidden, s.dim, b.found, b.found + s.dim, s.threads, parallel);
+    float *dscale = g[B2 + 1], *dshift = g[B2 + 2];
+    for (int64_t c = 0; c < s.dim; ++c) {
+      const double shift = b.found[s.dim + c], root = 1.0 / std::sqrt(norm.variance[c] + s.eps);
+      const double scale = (b.found[c] - norm.mean[c] * shift) * root, by = -norm.scale[c] / double(s.rows());
+      dscale[c] = float(scale), dshift[c] = float(shift);
+      b.slope[c] = float(by * root * scale), b.offset[c] = float(by * shift);
+    }
+    gradient<K>(grad, b.below, x, s.rows(), s.dim, norm.scale, norm.centre, b.slope, b.offset, dx, s.threads, parallel);
+  }
+};
+
+template <class K>
+void room(const Shape& s, int64_t* bytes) {
+  Arena forward{nullptr}, backward{nullptr};
+  typename Branch<K>::Forward{s, forward}, typename Branch<K>::Backward{s, backward};
+  bytes[0] = forward.used, bytes[1] = backward.used;
 }
 
-// Null may be: hidden, keep, to of the slope, and bias.
-#define KERNELS(KIND, NAME)                                                                                           \
-  int branch_slope##NAME(const void* given, const void* hidden, const float* keep, int64_t each, int64_t rows,        \
-                         int64_t width, void* to, double* sum, int threads, Parallel parallel) {                      \
-    return guarded([&] { slope<KIND>(given, hidden, keep, each, rows, width, to, sum, threads, parallel); });         \
-  }                                                                                                                   \
-  int branch_added##NAME(const void* x, const void* y, const float* keep, int64_t each, int64_t rows, int64_t width,  \
-                         void* to, int threads, Parallel parallel) {                                                  \
-    return guarded([&] { added<KIND>(x, y, keep, each, rows, width, to, threads, parallel); });                       \
-  }                                                                                                                   \
-  int branch_gradient##NAME(const void* given, const void* found, const void* x, int64_t rows, int64_t width,         \
-                            const float* scale, const float* mean, const float* slope, const float* offset, void* to, \
-                            int threads, Parallel parallel) {                                                         \
+}  // namespace
+
+// Widths are whole vectors. `work`: of as many bytes as branch_room says for each pass. Null may be: keep, and the bias
+// of branch_fixed. Each gives 0, or 1 where memory ran out.
+#define FUNCTIONS(K, END)                                                                                             \
+  int branch_room##END(const Shape* s, int64_t* bytes, Parallel) { return room<K>(*s, bytes), 0; }                    \
+  int branch_forward##END(const Shape* s, const K::E* x, const float* const* layers, const double* moments,           \
+                          const float* folded, const float* keep, K::E* hidden, char* work, K::E* out,                \
+                          Parallel parallel) {                                                                        \
+    Arena room{work};                                                                                                 \
     return guarded([&] {                                                                                              \
-      gradient<KIND>(given, found, x, rows, width, scale, mean, slope, offset, to, threads, parallel);                \
+      Branch<K>{{parallel, s->threads}, *s, layers, {*s, moments, folded}, keep}.forward(x, hidden, {*s, room}, out); \
     });                                                                                                               \
   }                                                                                                                   \
-  int branch_folded##NAME(const float* weight, const float* bias, const float* scale, const float* shift,             \
-                          int64_t rows, int64_t width, void* to, float* to_bias, int threads, Parallel parallel) {    \
-    return guarded([&] { folded<KIND>(weight, bias, scale, shift, rows, width, to, to_bias, threads, parallel); });   \
-  }                                                                                                                   \
-  int branch_fixed##NAME(const float* weight, const float* bias, const float* norm_weight, const float* norm_bias,    \
-                         const float* mean, const float* variance, double eps, int behind, int64_t rows,              \
-                         int64_t width, void* to, float* to_bias, int threads, Parallel parallel) {                   \
+  int branch_backward##END(const Shape* s, const K::E* x, const float* const* layers, const double* moments,          \
+                           const float* folded, const float* keep, const K::E* hidden, const K::E* grad, char* work,  \
+                           K::E* dx, float* const* grads, Parallel parallel) {                                        \
+    Arena room{work};                                                                                                 \
     return guarded([&] {                                                                                              \
-      fixed<KIND>(weight, bias, norm_weight, norm_bias, mean, variance, eps, behind, rows, width, to, to_bias,        \
-                  threads, parallel);                                                                                 \
+      Branch<K>{{parallel, s->threads}, *s, layers, {*s, moments, folded}, keep}.backward(x, hidden, grad,            \
+                                                                                          {*s, room}, dx, grads);     \
+    });                                                                                                               \
+  }                                                                                                                   \
+  int branch_fixed##END(const float* weight, const float* bias, const float* norm_weight, const float* norm_bias,     \
+                        const float* mean, const float* variance, double eps, int behind, int64_t rows,               \
+                        int64_t width, K::E* to, float* to_bias, int threads, Parallel parallel) {                    \
+    return guarded([&] {                                                                                              \
+      fixed<K>(weight, bias, norm_weight, norm_bias, mean, variance, eps, behind, rows, width, to, to_bias, threads,  \
+               parallel);                                                                                             \
     });                                                                                                               \
   }
 
-KERNELS(Full, )
+extern "C" {
+FUNCTIONS(Full, )
 #ifdef __AVX512BF16__
-KERNELS(Half, _bf16)
+FUNCTIONS(Half, _bf16)
 #endif
 }

@@ -48,9 +48,10 @@ struct Linears {
     multiply({grad, out, 0, SINGLE}, {weight, in, 1, 1}, {to, SINGLE, 0, 0, 0, nullptr, nullptr}, {m, in, out, threads});
   }
 
-  // Those of weight and bias.
-  void learn(const E* grad, int64_t m, int64_t out, const E* x, int64_t in, float* weight, float* bias) const {
-    multiply({grad, out, 1, SINGLE}, {x, in, 1, SINGLE}, {weight, 1, 0, 0, 0, nullptr, bias}, {out, in, m, threads});
+  // Those of weight and bias; with `add` the weight's is added to what is there.
+  void learn(const E* grad, int64_t m, int64_t out, const E* x, int64_t in, float* weight, float* bias,
+             bool add = false) const {
+    multiply({grad, out, 1, SINGLE}, {x, in, 1, SINGLE}, {weight, 1, add, 0, 0, nullptr, bias}, {out, in, m, threads});
   }
 
   // `to` += second · GELU(first · x + bias) + bias2.
