@@ -12,7 +12,7 @@ namespace {
 #include "gemm.h"
 
 constexpr int BLOCK = 480 * 1024, MOST_PANELS = 16;  // bytes and panels of a block
-constexpr int FEW = 8;      // tiles of rows for each thread
+constexpr int FEW = 8;  // tiles of rows for each thread, below which blocks are divided by columns too
 constexpr int DEPTH = 544;  // words that a gradient of weights sums before it adds to memory
 constexpr int64_t SMALL = 128 * 1024;  // numbers of a gradient that each thread may have a part of its own of
 
@@ -78,7 +78,7 @@ void product(const Factor& a, const Factor& b, const Result& c, const Size& size
   const int64_t most = up(int(k / chunks / U) + 2, LANES);  // words of a part
   const int threads = int(std::max(1.0, std::min(double(size.threads), double(m) * n * k / (1 << 20))));
   const int64_t tall = std::max<int64_t>(2, std::min<int64_t>(MOST_PANELS, BLOCK / (4 * HIGH * most)));
-  const bool split = threads > 1 && m < FEW * HIGH * threads;  // each block by columns too
+  const bool split = threads > 1 && m < FEW * HIGH * threads;
   const Blocks blocks(m, tall, split ? 1 : threads);
   const int64_t panels = (n + WIDE - 1) / WIDE;
   const int64_t groups = split ? std::min(panels, (4 * threads + blocks.count - 1) / blocks.count) : 1;
