@@ -102,6 +102,21 @@ def test_drops_the_same_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(got["result"], trained(made, map)["result"], rtol=1e-4, atol=1e-4)
 
 
+def test_pieces_that_threads_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread sums gradients of weights over rows of its own, which come to those of the piece before."""
+    monkeypatch.setattr(branch, "HIDDEN", 40 * 36 * 96)
+    made, map = block("ncb"), given("ncb", batch=64)
+    exact = trained(copy.deepcopy(made).double(), map.double())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        got = trained(made, map)
+    finally:
+        torch.set_num_threads(threads)
+    for key in ("map", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias", "norm.bn.weight"):
+        assert error(got[key], exact[key]) < 1e-5, key
+
+
 def test_keeps_less() -> None:
     """The input and what ReLU gave, and not what the norm gave."""
     made, x = NCB(Site.at(32, 6)).train(), torch.randn(11, 36, 32, requires_grad=True)

@@ -93,10 +93,6 @@ def test_products(form: str, rows: int, width: int, out: int, dtype: torch.dtype
     assert error(got, want) < tolerance
     assert of_bias is not None
     assert error(of_bias, sums) < tolerance
-    total = draw(out, width)
-    begun = total.double()
-    assert products.grad_weight(grad, x, total=total) == (total, None)
-    assert error(total, begun + want) < tolerance
 
 
 def test_rows_that_lie_apart(form: str) -> None:

@@ -103,28 +103,21 @@ def grad_input(grad: Tensor, weight: Tensor, ours: bool | None = None) -> Tensor
     return grad @ weight.to(grad.dtype)
 
 
-def grad_weight(
-    grad: Tensor, x: Tensor, bias: bool = False, total: Tensor | None = None, ours: bool | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """`gradᵀ @ x`, the gradient of a Linear's weight, of matrices; and of its bias, if that is asked for.
-
-    Args:
-        total: float32, to which the weight's is added.
-        ours: as above.
-    """
+def grad_weight(grad: Tensor, x: Tensor, bias: bool = False, ours: bool | None = None) -> tuple[Tensor, Tensor | None]:
+    """`gradᵀ @ x`, the gradient of a Linear's weight, of matrices; and of its bias, if asked for; `ours` as above."""
     ours = _faster(x, grad.shape[1]) if ours is None else ours
     if grad.stride(1) != 1:
         grad = grad.contiguous()
     if ours and _serves(grad, x, x.shape[1]):
-        made = x.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32) if total is None else total
+        made = x.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
         sums = made.new_empty(grad.shape[1]) if bias else None
-        _call(Factor.of(grad, turned=True), Factor.of(x, turned=True), made, len(x), sums=sums, add=total is not None)
+        _call(Factor.of(grad, turned=True), Factor.of(x, turned=True), made, len(x), sums=sums)
         return made, sums
     if ours and len(x) and x.dtype is torch.float32 and onednn.multiplies(x.dtype):
         made = onednn.grad_weight(grad, x)
     else:
         made = grad.t() @ x
-    return made if total is None else total.add_(made), grad.sum(0) if bias else None
+    return made, grad.sum(0) if bias else None
 
 
 def _faster(x: Tensor, width: int) -> bool:
