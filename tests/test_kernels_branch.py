@@ -105,7 +105,7 @@ def test_drops_the_same_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_pieces_that_threads_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each thread sums gradients of weights over rows of its own, which come to those of the piece before."""
     monkeypatch.setattr(branch, "HIDDEN", 40 * 36 * 96)
-    made, map = block("ncb"), given("ncb", batch=64)
+    made, map = block("ncb"), given("ncb", batch=80)
     exact = trained(copy.deepcopy(made).double(), map.double())
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
