@@ -104,7 +104,6 @@ void unfolded(float* grad, const float* bias, const float* weight, const float* 
   });
 }
 
-
 struct Shape {  // as in branch.py
   int64_t batch, each, piece;  // samples, rows of each, and samples that are worked on at a time
   int64_t dim, hidden, threads;
@@ -113,7 +112,7 @@ struct Shape {  // as in branch.py
   int64_t rows() const { return batch * each; }
 };
 
-enum { W1, B1, W2, B2 };
+enum { W1, B1, W2, B2, SCALE, SHIFT };
 
 struct Norm {  // as batch_norm.cpp gives it
   const double *mean, *variance;
@@ -168,7 +167,7 @@ struct Branch : Linears<typename K::E> {
     });
   }
 
-  // `g`: where the gradients of weights and biases go, and behind these of the norm's scale and shift.
+  // `g`: where the gradients of the layers' parameters go, and those of the norm, in the order above.
   void backward(const E* x, const E* hidden, const E* grad, const Backward& b, E* dx, float* const* g) const {
     std::memset(b.total1, 0, s.hidden * sizeof(double)), std::memset(b.total2, 0, s.dim * sizeof(double));
     auto sum = [&](int64_t count, double* total) {
@@ -189,7 +188,7 @@ struct Branch : Linears<typename K::E> {
     std::copy(b.total1, b.total1 + s.hidden, g[B1]), std::copy(b.total2, b.total2 + s.dim, g[B2]);
     // The sums over all rows that a norm's gradient needs, without another look at the rows.
     unfolded(g[W1], g[B1], w[W1], norm.scale, norm.shift, s.hidden, s.dim, b.found, b.found + s.dim, s.threads, parallel);
-    float *dscale = g[B2 + 1], *dshift = g[B2 + 2];
+    float *dscale = g[SCALE], *dshift = g[SHIFT];
     for (int64_t c = 0; c < s.dim; ++c) {
       const double shift = b.found[s.dim + c], root = 1.0 / std::sqrt(norm.variance[c] + s.eps);
       const double scale = (b.found[c] - norm.mean[c] * shift) * root, by = -norm.scale[c] / double(s.rows());
