@@ -33,7 +33,8 @@ from blocks.base import (
     tokens,
 )
 from blocks.kernels import branch
-from blocks.kernels.folded import added, adds, conv_norm_act, linear_norm, mlp_onto, norm_into_linear
+from blocks.kernels.folded import added, adds, conv_norm_act, linear_norm, norm_into_linear
+from blocks.kernels.infer import convolved_onto, linear_onto, mlp_onto
 from blocks.kernels.linear import unhooked
 from blocks.mlp import Mlp, ReLU, round_width
 from blocks.norms import BatchNorm
@@ -130,13 +131,16 @@ class EMHSA(Mixer):
         self.proj = linear(dim, dim)
 
     def forward(self, x: Tensor, grid: Grid, rows: int | None = None) -> Tensor:
+        return self.proj(self.attend(x, grid))
+
+    def attend(self, x: Tensor, grid: Grid) -> Tensor:
+        """What the heads give, before the last layer."""
         b, n, c = x.shape
         y = x
         if self.norm is not None:
             count = n // self.pool
             y = self.norm(x[:, : count * self.pool].reshape(b, count, self.pool, c).mean(2))
-        out = attend_on(self.position, self.heads, self.q(x), self.k(y), self.v(y), grid, grid, None)
-        return self.proj(out)
+        return attend_on(self.position, self.heads, self.q(x), self.k(y), self.v(y), grid, grid, None)
 
 
 class Downsample(nn.Module):
@@ -172,11 +176,6 @@ def normed_mlp(norm: Norm, mlp: FeedForward, x: Tensor, grid: Grid) -> Tensor:
     return mlp(tokens(norm.on_map(to_map(x, grid))), grid)
 
 
-def last_layer(mixer: nn.Module) -> nn.Module:
-    """The layer whose result a mixer of this file gives, if it is one and nobody looks at it."""
-    return mixer.proj if isinstance(mixer, MHCA | EMHSA) and type(mixer) in (MHCA, EMHSA) and unhooked(mixer) else mixer
-
-
 def added_mlp(residual: Residual, norm: Norm, mlp: FeedForward, x: Tensor, grid: Grid, fresh: bool = True) -> Tensor:
     """`residual(x, mlp(norm(x)))`; `fresh` says that nobody else has `x`."""
     if branch.serves(residual, norm, mlp, x):
@@ -186,6 +185,33 @@ def added_mlp(residual: Residual, norm: Norm, mlp: FeedForward, x: Tensor, grid:
         return made
     last = mlp.fc2 if type(mlp) is Mlp and unhooked(mlp, mlp.drop) and not (mlp.training and mlp.drop.p) else mlp
     return added(residual, x, normed_mlp(norm, mlp, x, grid), last)
+
+
+def added_mhca(
+    residual: Residual,
+    mixer: Mixer,
+    x: Tensor,
+    grid: Grid,
+    behind: tuple[Residual, Norm, FeedForward] | None = None,
+) -> Tensor:
+    """`residual(x, mixer(x, grid))`, and of that `added_mlp`, if there is something behind it."""
+    known = mixer if isinstance(mixer, MHCA) and type(mixer) is MHCA and unhooked(mixer) else None
+    if known is not None and adds(residual) and (behind is None or adds(behind[0])):
+        parts = (known.conv, known.norm, known.act)
+        made = convolved_onto(x, grid, parts, known.proj, None if behind is None else behind[1:])
+        if made is not None:
+            return made
+    x = added(residual, x, mixer(x, grid), mixer if known is None else known.proj)
+    return x if behind is None else added_mlp(*behind, x, grid, fresh=adds(residual))
+
+
+def added_emhsa(residual: Residual, mixer: Mixer, x: Tensor, normed: Tensor, grid: Grid) -> Tensor:
+    """`residual(x, mixer(normed, grid))`."""
+    if not (isinstance(mixer, EMHSA) and type(mixer) is EMHSA and unhooked(mixer)):
+        return residual(x, mixer(normed, grid))
+    seen = mixer.attend(normed, grid)
+    made = linear_onto(x, seen, mixer.proj) if adds(residual) else None
+    return added(residual, x, mixer.proj(seen), mixer.proj) if made is None else made
 
 
 def _reduced(site: Site, who: Block, dim: int) -> Shape:
@@ -244,8 +270,7 @@ class NCB(Block):
         map = self.embed(features.map)
         grid = (map.shape[2], map.shape[3])
         x = tokens(map)
-        x = added(self.mixer_residual, x, self.mixer(x, grid), last_layer(self.mixer))
-        x = added_mlp(self.mlp_residual, self.norm, self.mlp, x, grid, fresh=adds(self.mixer_residual))
+        x = added_mhca(self.mixer_residual, self.mixer, x, grid, (self.mlp_residual, self.norm, self.mlp))
         return features.replace(map=to_map(x, grid))
 
 
@@ -319,9 +344,8 @@ class NTB(Block):
         map = self.embed(features.map)
         grid = (map.shape[2], map.shape[3])
         x = tokens(map)
-        x = added(self.attn_residual, x, self.attn(tokens(self.norm1.on_map(map)), grid), last_layer(self.attn))
-        y = tokens(self.project(to_map(x, grid)))
-        y = added(self.conv_residual, y, self.conv(y, grid), last_layer(self.conv))
+        x = added_emhsa(self.attn_residual, self.attn, x, tokens(self.norm1.on_map(map)), grid)
+        y = added_mhca(self.conv_residual, self.conv, tokens(self.project(to_map(x, grid))), grid)
         x = torch.cat([x, y], dim=2)
         x = added_mlp(self.mlp_residual, self.norm2, self.mlp, x, grid)
         return features.replace(map=to_map(x, grid))

@@ -54,6 +54,9 @@ def test_convolutions(form: str, b: int, inp: int, out: int, groups: int, h: int
     assert error(got, want) < tolerance
     assert error(kernel.conv(map, weight, bias, groups, relu=True), want.relu()) < tolerance
     assert error(kernel.conv(grad, weight, None, groups, turned=True), dmap) < tolerance
+    for turned, given in ((False, map), (True, grad)):  # channels side by side, as in a net
+        lies = kernel.conv(given, weight.contiguous(memory_format=LIES), None, groups, turned=turned)
+        assert torch.equal(lies, kernel.conv(given, weight, None, groups, turned=turned))
     assert error(kernel.grad_weight(map, grad, groups), dweight) < 2e-6  # in float32 whatever the precision
 
 
@@ -81,9 +84,8 @@ def test_a_layer(groups: int, side: int, autocast: bool, monkeypatch: pytest.Mon
             pytest.skip("no kernel")
         found, plain = (grads(act, conv, map) for act in (lambda x: kernel.convolved(conv, x), conv))
         kept = grads(lambda x: checkpoint(kernel.convolved, conv, x, use_reentrant=False), conv, map)
-    forward = ["conv_forward"] if groups > 1 and side >= kernel.SIDE else []
-    if not autocast:
-        forward = ["winograd_filters", "winograd_forward"]
+    by_kernel = not autocast or (groups > 1 and side >= kernel.SIDE)
+    forward = ["conv_filters", "conv_forward"] if by_kernel else []
     wanted = [*forward, *forward, "conv_weight" if autocast else "winograd_weight"]
     assert calls[: len(wanted)] == wanted
     assert len(calls) == len([*wanted, *forward, *wanted])  # the second time the forward is done again

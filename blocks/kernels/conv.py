@@ -20,7 +20,13 @@ from blocks.kernels.linear import DTYPES, eager, precision, unhooked
 LANES = 32
 
 # On smaller maps the border weighs too much, but in Winograd's form.
-SIDE = 20
+SIDE = 12
+
+# Flags of filters, as in calls.h.
+TURNED, LAST = 1, 2
+
+# Numbers that a filter becomes, at most.
+POINTS = 16
 
 # Channels of a group in times out, whose filters in Winograd's form stay in the processor's cache.
 FEW = 64 * 64
@@ -28,7 +34,7 @@ FEW = 64 * 64
 
 class Shape(ctypes.Structure):
     _fields_ = [("batch", ctypes.c_int64)] + [
-        (name, ctypes.c_int32) for name in ("height", "width", "groups", "inp", "out", "threads", "flag")
+        (name, ctypes.c_int32) for name in ("height", "width", "groups", "inp", "out", "threads", "flags")
     ]
 
 
@@ -51,6 +57,11 @@ def serves(layer: nn.Conv2d, map: Tensor, dtype: torch.dtype) -> bool:
     if dtype not in DTYPES or not map.is_contiguous(memory_format=torch.channels_last):
         return False
     return native.has("conv_weight", dtype)
+
+
+def chosen(layer: nn.Conv2d, map: Tensor, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for a convolution of such a map in this precision, and it is faster."""
+    return serves(layer, map, dtype) and faster(map.shape[3], layer.weight, layer.groups, dtype)
 
 
 def faster(width: int, weight: Tensor, groups: int, dtype: torch.dtype) -> bool:
@@ -76,18 +87,13 @@ def conv(
     out, inp = weight.shape[0] // groups, weight.shape[1]
     size, lies = (len(map), groups * (inp if turned else out), *map.shape[2:]), torch.channels_last
     made = torch.empty(size, dtype=map.dtype, memory_format=lies)
+    filters = torch.empty(groups * POINTS * inp * out, dtype=torch.float32)
+    last = weight.is_contiguous(memory_format=lies)
+    weight = weight.float() if last else weight.float().contiguous()
+    shape = Shape(0, 0, 0, groups, inp, out, torch.get_num_threads(), TURNED * turned + LAST * last)
+    native.run("conv_filters", map.dtype, shape, weight, filters)
     bias = None if bias is None else bias.float().contiguous()
-    if map.dtype is torch.float32:
-        parts = weight.new_empty(groups, 16, *((out, inp) if turned else (inp, out)))
-        filters = Shape(0, 0, 0, groups, inp, out, torch.get_num_threads(), turned)
-        native.run("winograd_filters", map.dtype, filters, weight.contiguous(), parts)
-        native.run("winograd_forward", map.dtype, _shape(map, made, groups, relu), map, parts, bias, made)
-        return made
-    if turned:
-        weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flip(3, 4).flatten(0, 1)
-    # (groups, tap, pairs of channels in, out, both of a pair)
-    parts = weight.to(map.dtype).reshape(groups, -1, weight.shape[1] // 2, 2, 9).permute(0, 4, 2, 1, 3).contiguous()
-    native.run("conv_forward", map.dtype, _shape(map, made, groups, relu), map, parts, bias, made)
+    native.run("conv_forward", map.dtype, _shape(map, made, groups, relu), map, filters, bias, made)
     return made
 
 

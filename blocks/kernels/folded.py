@@ -14,19 +14,15 @@ from torch.nn import functional as F
 
 from blocks.base import Act, Norm
 from blocks.gates import NoGate
-from blocks.kernels import batch_norm, native, onednn, products
+from blocks.kernels import batch_norm, native, onednn
 from blocks.kernels import conv as kernel
-from blocks.kernels.layers import two_layers
-from blocks.kernels.linear import DTYPES, ROWS, Linear, eager, linear, linear_relu, precision, unhooked
-from blocks.mlp import Mlp, ReLU
+from blocks.kernels.linear import DTYPES, Linear, eager, linear, precision, unhooked
+from blocks.mlp import ReLU
 from blocks.norms import BatchNorm
 from blocks.residual import Residual
 
 # Pixels of the images that a stem takes at a time.
 PIXELS = 100_000
-
-# Numbers between the two layers of an MLP, at a time.
-HIDDEN = 2**20
 
 
 def folds(norm: nn.Module, x: Tensor, *others: nn.Module) -> bool:
@@ -55,17 +51,20 @@ def fold(
     width, own = weight.numel() // rows, [t for t in (weight, bias, *fixed) if t is not None]
     dense = weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
     served = dense and dtype in DTYPES and not width % batch_norm.LANES and eager(*own)
-    if served and native.has("branch_fixed", dtype) and all(t.dtype is torch.float32 for t in own):
+    if served and native.has("infer_folded", dtype) and all(t.dtype is torch.float32 for t in own):
         made, made_bias = torch.empty_like(weight, dtype=dtype), weight.new_empty(rows)
-        native.call("branch_fixed", dtype, weight, bias, *fixed, bn.eps, behind, rows, width, made, made_bias)
+        native.call("infer_folded", dtype, weight, bias, *fixed, bn.eps, behind, rows, width, made, made_bias)
         return made, made_bias.to(dtype)
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
     shift = bn.bias - bn.running_mean * scale
     if behind:
         shift = shift if bias is None else shift + bias * scale
         return (weight * scale.view(-1, *[1] * (weight.dim() - 1))).to(dtype), shift.to(dtype)
-    shift = weight @ shift
+    shift = weight.to(shift.dtype) @ shift
     return (weight * scale).to(dtype), (shift if bias is None else shift + bias).to(dtype)
+
+
+Convolution = tuple[nn.Module, Norm, Act]
 
 
 class Folded(NamedTuple):
@@ -78,9 +77,8 @@ class Folded(NamedTuple):
 
     def __call__(self, map: Tensor) -> Tensor:
         relu, dtype = type(self.act) is ReLU, self.weight.dtype
-        groups = self.conv.groups
-        if kernel.serves(self.conv, map, dtype) and kernel.faster(map.shape[3], self.weight, groups, dtype):
-            map = kernel.conv(map.to(dtype), self.weight, self.bias, groups, relu)
+        if kernel.chosen(self.conv, map, dtype):
+            map = kernel.conv(map.to(dtype), self.weight, self.bias, self.conv.groups, relu)
         elif dtype in DTYPES and onednn.fuses(dtype):
             map = onednn.conv(map.to(dtype), self.weight, self.bias, self.conv, relu)
         else:
@@ -116,7 +114,7 @@ def conv_norm_act(conv: nn.Module, norm: Norm, act: Act, map: Tensor) -> Tensor:
     return act(map)
 
 
-def convs_of_images(layers: Iterable[tuple[nn.Module, Norm, Act]], images: Tensor) -> Tensor:
+def convs_of_images(layers: Iterable[Convolution], images: Tensor) -> Tensor:
     """`conv_norm_act` of one layer behind the other on images, some at a time, so that maps stay in the cache."""
     if not eager(images):  # the order in memory is the compiler's affair there, and on a GPU cuDNN's
         for layer in layers:
@@ -138,7 +136,8 @@ def convs_of_images(layers: Iterable[tuple[nn.Module, Norm, Act]], images: Tenso
         if len(map) == len(images):
             return map
         if made is None:
-            made = map.new_empty((len(images), *map.shape[1:])).contiguous(memory_format=torch.channels_last)
+            size = (len(images), *map.shape[1:])
+            made = torch.empty(size, dtype=map.dtype, memory_format=torch.channels_last)
         made[start : start + count] = map
     assert made is not None
     return made
@@ -163,31 +162,6 @@ def added(residual: nn.Module, x: Tensor, y: Tensor, last: nn.Module) -> Tensor:
     if torch.promote_types(x.dtype, y.dtype) is not y.dtype or (y.requires_grad and y._is_view()):
         return residual(x, y)
     return y.add_(x)
-
-
-def mlp_onto(norm: Norm, mlp: nn.Module, x: Tensor) -> Tensor | None:
-    """`x + mlp(norm(x))` in the memory of `x`, without gradients; None where that is not possible.
-
-    In one kernel or in pieces, so that what is between the two layers stays in the cache.
-    """
-    if type(mlp) is not Mlp or not unhooked(mlp, *mlp.children()) or type(mlp.act) is not ReLU:
-        return None
-    if type(mlp.fc2) is not Linear or (mlp.drop.training and mlp.drop.p) or not x.is_contiguous():
-        return None
-    first = norm_into_linear(norm, mlp.fc1, x)
-    dtype = precision(x)
-    if first is None or x.dtype is not torch.promote_types(x.dtype, dtype):
-        return None
-    weight, bias = (t.to(dtype) for t in first)
-    weight2, bias2 = mlp.fc2.weight, mlp.fc2.bias
-    rows = x.view(-1, x.shape[-1])
-    if two_layers(rows, weight, bias, weight2, bias2, "relu", onto=rows) is not None:
-        return x
-    most = max(ROWS, HIDDEN // mlp.fc1.out_features)
-    for piece in rows.tensor_split(-(-len(rows) // most) or 1):  # of one size: few rows are multiplied slowly
-        hidden = linear_relu(piece, weight, bias)
-        products.forward(hidden, weight2, bias2, onto=piece)
-    return x
 
 
 def linear_norm(layer: nn.Module, norm: Norm, x: Tensor) -> Tensor | None:

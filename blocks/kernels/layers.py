@@ -64,10 +64,8 @@ def two_layers(
         return None
     made = rows.new_empty(len(rows), out, dtype=dtype) if onto is None else onto.view(-1, out)
     biases = [None if b is None else b.float().contiguous() for b in (bias, bias2)]
-    result = Result(
-        made.data_ptr(), made.dtype is torch.float32, onto is not None, ACTS.index(act), 0,
-        None if biases[1] is None else biases[1].data_ptr(), None,
-    )  # fmt: skip
+    places = (None if t is None else t.data_ptr() for t in (onto, biases[1], None))
+    result = Result(made.data_ptr(), made.dtype is torch.float32, ACTS.index(act), *places)
     size = Size(len(rows), inp, hidden, out, torch.get_num_threads())
     native.run("two_layers", dtype, Factor.of(rows), Factor.of(weight), biases[0], Factor.of(weight2), result, size)
     return made.view(*x.shape[:-1], out) if onto is None else onto

@@ -51,8 +51,8 @@ class Factor(ctypes.Structure):
 
 class Result(ctypes.Structure):
     _fields_ = [
-        ("at", ctypes.c_void_p), ("single", ctypes.c_int32), ("add", ctypes.c_int32), ("act", ctypes.c_int32),
-        ("spare", ctypes.c_int32), ("bias", ctypes.c_void_p), ("sums", ctypes.c_void_p),
+        ("at", ctypes.c_void_p), ("single", ctypes.c_int32), ("act", ctypes.c_int32), ("base", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p), ("sums", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def forward(
     rows, ours = x.reshape(-1, x.shape[-1]), _faster(x, weight.shape[0]) if ours is None else ours
     if ours and _serves(rows, weight, *weight.shape) and (onto is not None or _large(rows, weight)):
         made = rows.new_empty(rows.shape[0], weight.shape[0]) if onto is None else onto.view(-1, weight.shape[0])
-        _call(Factor.of(rows), Factor.of(weight), made, rows.shape[1], bias, act, add=onto is not None)
+        _call(Factor.of(rows), Factor.of(weight), made, rows.shape[1], bias, act, base=onto)
         if onto is not None:
             return onto
         # Not a view, which could not be changed in place behind a Function.
@@ -162,11 +162,11 @@ def _call(
     bias: Tensor | None = None,
     act: str = "none",
     sums: Tensor | None = None,
-    add: bool = False,
+    base: Tensor | None = None,
 ) -> None:
     bias = None if bias is None else bias.float().contiguous()
-    places = (None if t is None else t.data_ptr() for t in (bias, sums))
-    result = Result(made.data_ptr(), made.dtype is torch.float32, add, ACTS.index(act), 0, *places)
+    places = (None if t is None else t.data_ptr() for t in (base, bias, sums))
+    result = Result(made.data_ptr(), made.dtype is torch.float32, ACTS.index(act), *places)
     size = Size(*made.shape, k, torch.get_num_threads())
     native.run("gemm", torch.float32 if a.single else torch.bfloat16, a, b, result, size)
 

@@ -1,5 +1,4 @@
-// Training of a residual branch of batch norm, Linear, ReLU and Linear, forward and backward; and norms of fixed
-// statistics put into the layer beside them.
+// Training of a residual branch of batch norm, Linear, ReLU and Linear, forward and backward.
 
 #include "calls.h"
 
@@ -8,6 +7,7 @@ namespace {
 #include "words.h"
 #include "driver.h"
 #include "rows.h"
+#include "fold.h"
 
 // The gradient behind ReLU's slope, where `hidden` is what that gave, times a number for each `each` rows; and its sums.
 template <class K>
@@ -49,45 +49,6 @@ void gradient(const typename K::E* given, const typename K::E* found, const type
         V d = K::widen(given + at) + fma(a, loadu(slope + c), loadu(offset + c));
         K::narrow(to + at, fma(K::widen(found + at), loadu(scale + c), d));
       }
-  });
-}
-
-// weight · scale, and bias + weight · shift.
-template <class K>
-void folded(const float* weight, const float* bias, const float* scale, const float* shift, int64_t rows, int64_t width,
-            typename K::E* to, float* to_bias, int threads, Parallel parallel) {
-  split(rows, width, threads, parallel, [&](int64_t first, int64_t end, int) {
-    for (int64_t r = first; r < end; ++r) {
-      V sum = set(0.0f);
-      for (int64_t c = 0; c < width; c += LANES) {
-        V w = loadu(weight + r * width + c);
-        K::narrow(to + r * width + c, w * loadu(scale + c));
-        sum = fma(w, loadu(shift + c), sum);
-      }
-      to_bias[r] = (bias ? bias[r] : 0.0f) + total(sum);
-    }
-  });
-}
-
-// Weight and bias of a layer with a norm of fixed statistics, which stands in front of it, or behind.
-template <class K>
-void fixed(const float* weight, const float* bias, const float* norm_weight, const float* norm_bias, const float* mean,
-           const float* variance, double eps, bool behind, int64_t rows, int64_t width, typename K::E* to,
-           float* to_bias, int threads, Parallel parallel) {
-  const int64_t channels = behind ? rows : width;
-  std::vector<float> scale(channels), shift(channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    const double by = norm_weight[c] / std::sqrt(variance[c] + eps);
-    scale[c] = float(by), shift[c] = float(norm_bias[c] - mean[c] * by);
-  }
-  if (!behind)
-    return folded<K>(weight, bias, scale.data(), shift.data(), rows, width, to, to_bias, threads, parallel);
-  split(rows, width, threads, parallel, [&](int64_t first, int64_t end, int) {
-    for (int64_t r = first; r < end; ++r) {
-      for (int64_t at = r * width; at < (r + 1) * width; at += LANES)
-        K::narrow(to + at, loadu(weight + at) * set(scale[r]));
-      to_bias[r] = shift[r] + (bias ? bias[r] * scale[r] : 0.0f);
-    }
   });
 }
 
@@ -208,8 +169,8 @@ void room(const Shape& s, int64_t* bytes) {
 
 }  // namespace
 
-// Widths are whole vectors. `work`: of as many bytes as branch_room says for each pass. Null may be: keep, and the bias
-// of branch_fixed. Each gives 0, or 1 where memory ran out.
+// Widths are whole vectors. `work`: of as many bytes as branch_room says for each pass. `keep` may be null. Each gives 0,
+// or 1 where memory ran out.
 #define FUNCTIONS(K, END)                                                                                             \
   int branch_room##END(const Shape* s, int64_t* bytes, Parallel) { return room<K>(*s, bytes), 0; }                    \
   int branch_forward##END(const Shape* s, const K::E* x, const float* const* layers, const double* moments,           \
@@ -227,14 +188,6 @@ void room(const Shape& s, int64_t* bytes) {
     return guarded([&] {                                                                                              \
       Branch<K>{{parallel, s->threads}, *s, layers, {*s, moments, folded}, keep}.backward(x, hidden, grad,            \
                                                                                           {*s, room}, dx, grads);     \
-    });                                                                                                               \
-  }                                                                                                                   \
-  int branch_fixed##END(const float* weight, const float* bias, const float* norm_weight, const float* norm_bias,     \
-                        const float* mean, const float* variance, double eps, int behind, int64_t rows,               \
-                        int64_t width, K::E* to, float* to_bias, int threads, Parallel parallel) {                    \
-    return guarded([&] {                                                                                              \
-      fixed<K>(weight, bias, norm_weight, norm_bias, mean, variance, eps, behind, rows, width, to, to_bias, threads,  \
-               parallel);                                                                                             \
     });                                                                                                               \
   }
 

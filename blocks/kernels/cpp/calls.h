@@ -59,7 +59,8 @@ struct Factor {  // as in products.py: element (row, k) lies at row · step + k,
 
 struct Result {
   void* at;
-  int32_t single, add, act, spare;
+  int32_t single, act;
+  const void* base;  // to which it is added, as `at` in all: that itself, or other memory; or null
   const float* bias;
   float* sums;  // of the rows of the first factor, which is turned
 };
@@ -75,6 +76,18 @@ struct Layers {  // as in layers.py
 };
 
 }  // namespace products
+
+namespace conv {
+
+struct Shape {  // as in conv.py; `in` and `out` of a group
+  int64_t batch;
+  int32_t height, width, groups, in, out, threads, flags;
+};
+
+enum { RELU = 1 };              // flags of a convolution: what comes behind it
+enum { TURNED = 1, LAST = 2 };  // and of filters: for the way back; channels in lie side by side in the weight
+
+}  // namespace conv
 
 #define KERNELS(E, END)                                                                                               \
   int norm_forward##END(const norm::Shape*, const float* x, const E* branch, const float* factor, const float* w,     \
@@ -95,7 +108,9 @@ struct Layers {  // as in layers.py
                 Parallel);                                                                                            \
   int two_layers##END(const products::Factor* x, const products::Factor* first, const float* bias,                    \
                       const products::Factor* second, const products::Result*, const products::Layers*, Parallel);    \
-  int gelu##END(const void* x, void* grad, void* to, int64_t size, int threads, Parallel);
+  int gelu##END(const void* x, void* grad, void* to, int64_t size, int threads, Parallel);                            \
+  int conv_filters##END(const conv::Shape*, const float* weight, float* to, Parallel);                                \
+  int conv_forward##END(const conv::Shape*, const E* map, const float* filters, const float* bias, E* to, Parallel);
 
 extern "C" {
 KERNELS(float, )

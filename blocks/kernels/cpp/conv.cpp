@@ -4,19 +4,17 @@
 // memory read from another place on, so that a convolution is nine matrix products without a copy for each; what they
 // give for the border is thrown away. The gradient of the input is such a convolution too.
 
-#include "vector.h"
+#include "calls.h"
 
 namespace {
 
 #include "words.h"
+#include "taps.h"
 
 constexpr int HIGH = LANES == 16 ? 12 : 6, WIDE = 2 * LANES;  // of tiles held in registers
 constexpr int ROOM = 384 * 1024, SMALL = 192 * 1024;  // bytes of a strip, forward and for the gradient of weights
 
-struct Shape {  // as in conv.py; `in` and `out` of a group
-  int64_t batch;
-  int32_t height, width, groups, in, out, threads, flag;  // flag: ReLU behind it
-
+struct Shape : conv::Shape {
   int line() const { return width + 2; }
   int taps(int tap) const { return tap / 3 * line() + tap % 3; }
 };
@@ -85,16 +83,33 @@ __attribute__((noinline)) void multiply(const Word* map, int line, const Word* w
   for (int r = 0; r < HIGH; ++r) to[2 * r] = y[r][0], to[2 * r + 1] = y[r][1];
 }
 
+// The filters: (groups, tap, words of channels that are summed over, the others).
+template <class K>
+void filters(const float* weight, const conv::Shape& s, float* to, Parallel parallel) {
+  const bool turned = s.flags & conv::TURNED;
+  const int deep = turned ? s.out : s.in, wide = turned ? s.in : s.out;
+  each_group(weight, s, parallel, [&](int g, const Taps& taps) {
+    float* p = to + int64_t(g) * 9 * deep * wide / K::U;
+    for (int tap = 0; tap < 9; ++tap)
+      for (int k = 0; k < deep; k += K::U)
+        for (int c = 0; c < wide; c += LANES, p += LANES) {
+          V x[K::U];
+          for (int u = 0; u < K::U; ++u) x[u] = loadu(taps.of(k + u, tap) + c);
+          storeu(p, K::close(x));
+        }
+  });
+}
+
 template <class K, int WORDS>
-void forward(const Shape& s, const void* map, const Word* weight, const float* bias, void* to,
+void forward(const Shape& s, const typename K::E* map, const Word* weight, const float* bias, typename K::E* to,
              Parallel parallel) {
   using E = typename K::E;
   const int words = s.in / K::U;
   strips(s, ROOM, s.in * sizeof(E), parallel, [&](const Strip& at, int) {
     const int count = at.rows * s.line();
     E* rows = reinterpret_cast<E*>(memory(((at.rows + 2) * s.line() + HIGH + 2) * s.in * sizeof(E)));
-    bordered(static_cast<const E*>(map), s, at, at.first - 1, at.rows + 2, s.in, 1, HIGH + 2, rows);
-    E* made = static_cast<E*>(to) + (at.image * s.height + at.first) * s.width * s.groups * s.out + at.group * s.out;
+    bordered(map, s, at, at.first - 1, at.rows + 2, s.in, 1, HIGH + 2, rows);
+    E* made = to + (at.image * s.height + at.first) * s.width * s.groups * s.out + at.group * s.out;
     for (int n = 0; n < s.out; n += WIDE) {
       const Word* w = weight + int64_t(at.group) * 9 * words * s.out + n;
       V shift[2] = {set(0.0f), set(0.0f)};
@@ -107,7 +122,7 @@ void forward(const Shape& s, const void* map, const Word* weight, const float* b
         for (int r = 0; r < HIGH; ++r)
           for (int v = 0; v < 2; ++v) {
             y[r][v] += shift[v];
-            if (s.flag) y[r][v] = max(y[r][v], set(0.0f));
+            if (s.flags & conv::RELU) y[r][v] = max(y[r][v], set(0.0f));
           }
         int i = q / s.line(), j = q % s.line();
         for (int r = 0; r < HIGH && i < at.rows; ++r) {
@@ -166,30 +181,31 @@ void weight_gradient(const Shape& s, const void* map, const void* grad, float* t
   }
 }
 
-template <class K>
-void any_forward(const Shape& s, const void* map, const Word* weight, const float* bias, void* to,
-                 Parallel parallel) {
-  s.in == 32 ? forward<K, 32 / K::U>(s, map, weight, bias, to, parallel)
-             : forward<K, 0>(s, map, weight, bias, to, parallel);
-}
-
 }  // namespace
 
 extern "C" {
 
-// `in` and `out` are multiples of 32. The weight: (groups, tap, pairs of in, out); in float32 winograd.cpp convolves.
-int conv_weight(const Shape* s, const void* map, const void* grad, float* to, Parallel parallel) {
-  return guarded([&] { weight_gradient<Full>(*s, map, grad, to, parallel); });
+// `in` and `out` are multiples of 32. Filters are the weight as `conv_filters` gives it; in float32 winograd.cpp convolves.
+int conv_weight(const conv::Shape* s, const void* map, const void* grad, float* to, Parallel parallel) {
+  return guarded([&] { weight_gradient<Full>(Shape{*s}, map, grad, to, parallel); });
 }
 
 #ifdef __AVX512BF16__
-int conv_forward_bf16(const Shape* s, const void* map, const float* weight, const float* bias, void* to,
-                      Parallel parallel) {
-  return guarded([&] { any_forward<Half>(*s, map, weight, bias, to, parallel); });
+int conv_filters_bf16(const conv::Shape* s, const float* weight, float* to, Parallel parallel) {
+  return guarded([&] { filters<Half>(weight, *s, to, parallel); });
 }
 
-int conv_weight_bf16(const Shape* s, const void* map, const void* grad, float* to, Parallel parallel) {
-  return guarded([&] { weight_gradient<Half>(*s, map, grad, to, parallel); });
+int conv_forward_bf16(const conv::Shape* s, const uint16_t* map, const float* filters, const float* bias, uint16_t* to,
+                      Parallel parallel) {
+  return guarded([&] {
+    const Shape shape{*s};
+    s->in == 32 ? forward<Half, 32 / Half::U>(shape, map, filters, bias, to, parallel)
+                : forward<Half, 0>(shape, map, filters, bias, to, parallel);
+  });
+}
+
+int conv_weight_bf16(const conv::Shape* s, const void* map, const void* grad, float* to, Parallel parallel) {
+  return guarded([&] { weight_gradient<Half>(Shape{*s}, map, grad, to, parallel); });
 }
 #endif
 }

@@ -17,6 +17,8 @@ struct Kernels;
     static constexpr auto multiply = gemm##END;                 \
     static constexpr auto layers = two_layers##END;             \
     static constexpr auto activate = gelu##END;                 \
+    static constexpr auto filters = conv_filters##END;          \
+    static constexpr auto convolve = conv_forward##END;         \
   };
 KERNELS(float, )
 #ifdef __AVX512BF16__
@@ -39,26 +41,27 @@ struct Linears {
   int64_t threads;
 
   void product(const E* x, int64_t m, int64_t in, const float* weight, int64_t out, const float* bias, E* to,
-               int act = products::NONE) const {
-    multiply({x, in, 0, SINGLE}, {weight, in, 0, 1}, {to, SINGLE, 0, act, 0, bias, nullptr}, {m, out, in, threads});
+               int act = products::NONE, const E* base = nullptr) const {
+    multiply({x, in, 0, SINGLE}, {weight, in, 0, 1}, {to, SINGLE, act, base, bias, nullptr}, {m, out, in, threads});
   }
 
   // The gradient of what went in.
   void below(const E* grad, int64_t m, int64_t out, const float* weight, int64_t in, E* to) const {
-    multiply({grad, out, 0, SINGLE}, {weight, in, 1, 1}, {to, SINGLE, 0, 0, 0, nullptr, nullptr}, {m, in, out, threads});
+    multiply({grad, out, 0, SINGLE}, {weight, in, 1, 1}, {to, SINGLE, 0, nullptr, nullptr, nullptr}, {m, in, out, threads});
   }
 
   // Those of weight and bias; with `add` the weight's is added to what is there.
   void learn(const E* grad, int64_t m, int64_t out, const E* x, int64_t in, float* weight, float* bias,
              bool add = false) const {
-    multiply({grad, out, 1, SINGLE}, {x, in, 1, SINGLE}, {weight, 1, add, 0, 0, nullptr, bias}, {out, in, m, threads});
+    multiply({grad, out, 1, SINGLE}, {x, in, 1, SINGLE}, {weight, 1, 0, add ? weight : nullptr, nullptr, bias}, {out, in, m, threads});
   }
 
-  // `to` += second · GELU(first · x + bias) + bias2.
-  void two(const E* x, int64_t m, int64_t in, const float* first, const float* bias, int64_t hidden, const float* second,
-           const float* bias2, int64_t out, float* to) const {
+  // `to` += second · act(first · x + bias) + bias2.
+  template <class To>
+  void two(const E* x, int64_t m, int64_t in, const float* first, const float* bias, int act, int64_t hidden,
+           const float* second, const float* bias2, int64_t out, To* to) const {
     const products::Factor a{x, in, 0, SINGLE}, b{first, in, 0, 1}, c{second, hidden, 0, 1};
-    const products::Result r{to, 1, 1, products::GELU, 0, bias2, nullptr};
+    const products::Result r{to, sizeof(To) == sizeof(float), act, to, bias2, nullptr};
     const products::Layers size{m, in, hidden, out, threads};
     need(Call::layers(&a, &b, bias, &c, &r, &size, parallel));
   }

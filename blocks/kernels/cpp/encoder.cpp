@@ -155,7 +155,8 @@ struct Encoder : Linears<typename K::E> {
     const norm::Shape wanted = tokens(s.rows, s.eps2);
     const float* stream = attend(x, i.stats, i.normed, i.first, i.stream, i.qkv, i.softmax, i.seen, i.branch);
     need(Call::norm(&wanted, stream, i.branch, nullptr, w[NORM2_W], w[NORM2_B], out, i.stats, i.normed, parallel));
-    if (s.layers) return this->two(i.normed, some, dim, w[FC1_W], w[FC1_B], s.hidden, w[FC2_W], w[FC2_B], dim, out);
+    if (s.layers)
+      return this->two(i.normed, some, dim, w[FC1_W], w[FC1_B], products::GELU, s.hidden, w[FC2_W], w[FC2_B], dim, out);
     for (int64_t pieces = (some + PIECE - 1) / PIECE, piece = 0; piece < pieces; ++piece) {
       const int64_t at = some * piece / pieces, rows = some * (piece + 1) / pieces - at;
       product(i.normed + at * dim, rows, dim, w[FC1_W], s.hidden, w[FC1_B], i.hidden, products::GELU);

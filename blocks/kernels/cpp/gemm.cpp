@@ -144,18 +144,18 @@ void in_parts(const Factor& a, const Factor& b, const Result& c, const Size& siz
     const int64_t from = bound(t), to = bound(t + 1);
     float* own = parts.get() + t * each;
     product<K, EB>(Factor{a.of<typename K::E>(0, from), a.step, 1, a.single}, Factor{b.of<EB>(0, from), b.step, 1, b.single},
-                   Result{own, 1, 0, NONE, 0, nullptr, c.sums ? own + m * n : nullptr}, Size{m, n, to - from, 1}, parallel);
+                   Result{own, 1, NONE, nullptr, nullptr, c.sums ? own + m * n : nullptr}, Size{m, n, to - from, 1}, parallel);
   });
   run(threads, parallel, [&](int t) {
-    auto add_up = [&](const float* own, int64_t count, float* to, bool add) {
+    auto add_up = [&](const float* own, int64_t count, const float* base, float* to) {
       for (int64_t i = count * t / threads; i < count * (t + 1) / threads; ++i) {
-        float sum = add ? to[i] : 0.0f;
+        float sum = base ? base[i] : 0.0f;
         for (int s = 0; s < threads; ++s) sum += own[s * each + i];
         to[i] = sum;
       }
     };
-    add_up(parts.get(), m * n, static_cast<float*>(c.at), c.add);
-    if (c.sums) add_up(parts.get() + m * n, m, c.sums, false);
+    add_up(parts.get(), m * n, static_cast<const float*>(c.base), static_cast<float*>(c.at));
+    if (c.sums) add_up(parts.get() + m * n, m, nullptr, c.sums);
   });
 }
 

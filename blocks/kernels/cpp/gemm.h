@@ -156,22 +156,26 @@ template <class K, int COUNT>
 INLINE void tile_of(const float* a, const float* b, int64_t words, int64_t part, const Result& c, int64_t n, int64_t row,
                     int rows, int64_t column, bool again, Ahead ahead) {
   using E = typename K::E;
-  const bool add = c.add || again, single = c.single || K::U == 1;
+  const void* base = again ? c.at : c.base;
+  const bool single = c.single || K::U == 1;
   auto place = [&](int r, int v) { return (row + r) * n + column + v * LANES; };
   for (int r = 0; r < rows; ++r)  // lines that are far apart are not foreseen, also where they are only written
-    for (int v = 0; v < COUNT; ++v)
-      __builtin_prefetch(static_cast<const char*>(c.at) + place(r, v) * (single ? sizeof(float) : sizeof(E)));
+    for (int v = 0; v < COUNT; ++v) {
+      const int64_t at = place(r, v) * (single ? sizeof(float) : sizeof(E));
+      __builtin_prefetch(static_cast<const char*>(c.at) + at);
+      if (base && base != c.at) __builtin_prefetch(static_cast<const char*>(base) + at);
+    }
   V s[HIGH][COUNT];
   sums<K>(a, b, words, part, c.bias ? c.bias + column : nullptr, c.act, ahead, s);
   auto give = [&](int r) {
 #pragma GCC unroll 2
     for (int v = 0; v < COUNT; ++v) {
       if (single) {
-        float* to = static_cast<float*>(c.at) + place(r, v);
-        storeu(to, add ? loadu(to) + s[r][v] : s[r][v]);
+        const V sum = base ? loadu(static_cast<const float*>(base) + place(r, v)) + s[r][v] : s[r][v];
+        storeu(static_cast<float*>(c.at) + place(r, v), sum);
       } else {
-        E* to = static_cast<E*>(c.at) + place(r, v);
-        K::narrow(to, add ? K::widen(to) + s[r][v] : s[r][v]);
+        const V sum = base ? K::widen(static_cast<const E*>(base) + place(r, v)) + s[r][v] : s[r][v];
+        K::narrow(static_cast<E*>(c.at) + place(r, v), sum);
       }
     }
   };

@@ -4,21 +4,19 @@
 // the channels are multiplied as matrices, and 16 sums become 2×2 results: 16 products where a convolution takes 36.
 // The gradient of the weight goes the same way backward. Source: Lavin and Gray, arXiv 1509.09308, section 4.1.
 
-#include "vector.h"
+#include "calls.h"
 
 namespace {
 
 #include "words.h"
+#include "taps.h"
 
 constexpr int HIGH = LANES == 16 ? 12 : 6, WIDE = 2 * LANES;  // of tiles held in registers
 constexpr int POINTS = 16;
 constexpr int ROOM = 256 * 1024;  // bytes that the tiles of a strip become
 constexpr int AHEAD = 6;          // places ahead of those that are read: their channels lie too far apart to be foreseen
 
-struct Shape {  // as in conv.py; `in` and `out` of a group
-  int64_t batch;
-  int32_t height, width, groups, in, out, threads, flag;  // flag: with ReLU behind it, or `turned`
-
+struct Shape : conv::Shape {
   int across() const { return (width + 1) / 2; }
   int down() const { return (height + 1) / 2; }
 };
@@ -123,39 +121,27 @@ void spread_gradient(const float* grad, const Shape& s, const Strip& at, int blo
 
 // A weight (groups · out, in, 3, 3), transformed, as (groups, points, in, out): G g Gᵀ. With `turned` the one by which
 // the gradient goes back: seen from the other side, as (groups, points, out, in).
-void filters(const float* weight, const Shape& s, bool turned, float* to, Parallel parallel) {
+void filters(const float* weight, const conv::Shape& s, float* to, Parallel parallel) {
   const int64_t size = int64_t(s.out) * s.in;
   auto half = [](V a, V b, V c, V* t) {
     V sum = (a + c) * set(0.5f), mid = b * set(0.5f);
     t[0] = a, t[1] = sum + mid, t[2] = sum - mid, t[3] = c;
   };
-  // Filters of one channel behind the other become taps of channels side by side.
+  const bool turned = s.flags & conv::TURNED;
   const int rows = turned ? s.out : s.in, wide = turned ? s.in : s.out;
-  const int threads = int(std::max<int64_t>(1, std::min<int64_t>({s.threads, s.groups, s.groups * size / 8192})));
-  run(threads, parallel, [&](int t) {
-    float* taps = reinterpret_cast<float*>(memory(9 * (size + LANES) * sizeof(float)));
-    for (int g = s.groups * t / threads; g < s.groups * (t + 1) / threads; ++g) {
-      const float* from = weight + g * 9 * size;
-      if (turned)
-        for (int o = 0; o < s.out; ++o) pack_columns(from + o * 9 * s.in, 9, s.in, 9, taps + o * 9 * s.in, s.in);
-      else
-        pack_columns(from, 9 * s.in, s.out, 9 * s.in, taps, s.out);
-      for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < wide; c += LANES) {
-          V x[3][4];
-          auto tap = [&](int i, int j) {
-            int k = 3 * i + j;
-            return loadu(taps + (r * 9 + (turned ? 8 - k : k)) * wide + c);
-          };
-          for (int j = 0; j < 3; ++j) half(tap(0, j), tap(1, j), tap(2, j), x[j]);
-          float* p = to + g * POINTS * size + r * wide + c;
-          for (int a = 0; a < 4; ++a) {
-            V made[4];
-            half(x[0][a], x[1][a], x[2][a], made);
-            for (int b = 0; b < 4; ++b, p += size) storeu(p, made[b]);
-          }
+  each_group(weight, s, parallel, [&](int g, const Taps& taps) {
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < wide; c += LANES) {
+        V x[3][4];
+        auto tap = [&](int i, int j) { return loadu(taps.of(r, 3 * i + j) + c); };
+        for (int j = 0; j < 3; ++j) half(tap(0, j), tap(1, j), tap(2, j), x[j]);
+        float* p = to + g * POINTS * size + r * wide + c;
+        for (int a = 0; a < 4; ++a) {
+          V made[4];
+          half(x[0][a], x[1][a], x[2][a], made);
+          for (int b = 0; b < 4; ++b, p += size) storeu(p, made[b]);
         }
-    }
+      }
   });
 }
 
@@ -224,7 +210,7 @@ void forward(const Shape& s, const float* map, const float* weight, const float*
             for (int b = 0; b < 2; ++b) {
               if (b && !made[r].right) break;
               V top = x[0][b] + x[1][b] + x[2][b] + shift[v], low = x[1][b] - x[2][b] - x[3][b] + shift[v];
-              if (s.flag) top = max(top, set(0.0f)), low = max(low, set(0.0f));
+              if (s.flags & conv::RELU) top = max(top, set(0.0f)), low = max(low, set(0.0f));
               storeu(to + b * step, top);
               if (made[r].below) storeu(to + (s.width + b) * step, low);
             }
@@ -280,19 +266,21 @@ void weight_gradient(const Shape& s, const float* map, const float* grad, float*
 
 extern "C" {
 
-// `in` and `out` are multiples of 32. The weight is as it comes, and as `filters` gives it.
-int winograd_filters(const Shape* s, const float* weight, float* to, Parallel parallel) {
-  return guarded([&] { filters(weight, *s, s->flag, to, parallel); });
+// `in` and `out` are multiples of 32. The weight is as it comes, and as `conv_filters` gives it.
+int conv_filters(const conv::Shape* s, const float* weight, float* to, Parallel parallel) {
+  return guarded([&] { filters(weight, *s, to, parallel); });
 }
 
-int winograd_forward(const Shape* s, const float* map, const float* weight, const float* bias, float* to,
-                     Parallel parallel) {
+int conv_forward(const conv::Shape* s, const float* map, const float* filters, const float* bias, float* to,
+                 Parallel parallel) {
   return guarded([&] {
-    s->in == 32 ? forward<32>(*s, map, weight, bias, to, parallel) : forward<0>(*s, map, weight, bias, to, parallel);
+    const Shape shape{*s};
+    s->in == 32 ? forward<32>(shape, map, filters, bias, to, parallel)
+                : forward<0>(shape, map, filters, bias, to, parallel);
   });
 }
 
-int winograd_weight(const Shape* s, const float* map, const float* grad, float* to, Parallel parallel) {
-  return guarded([&] { weight_gradient(*s, map, grad, to, parallel); });
+int winograd_weight(const conv::Shape* s, const float* map, const float* grad, float* to, Parallel parallel) {
+  return guarded([&] { weight_gradient(Shape{*s}, map, grad, to, parallel); });
 }
 }
