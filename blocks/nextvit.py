@@ -33,6 +33,7 @@ from blocks.base import (
     tokens,
 )
 from blocks.kernels import branch
+from blocks.kernels.conv_branch import conv_branch
 from blocks.kernels.folded import added, adds, conv_norm_act, linear_norm, norm_into_linear
 from blocks.kernels.infer import convolved_onto, linear_onto, mlp_onto
 from blocks.kernels.linear import unhooked
@@ -196,12 +197,15 @@ def added_mhca(
 ) -> Tensor:
     """`residual(x, mixer(x, grid))`, and of that `added_mlp`, if there is something behind it."""
     known = mixer if isinstance(mixer, MHCA) and type(mixer) is MHCA and unhooked(mixer) else None
-    if known is not None and adds(residual) and (behind is None or adds(behind[0])):
+    made = None
+    if known is not None:
         parts = (known.conv, known.norm, known.act)
-        made = convolved_onto(x, grid, parts, known.proj, None if behind is None else behind[1:])
-        if made is not None:
-            return made
-    x = added(residual, x, mixer(x, grid), mixer if known is None else known.proj)
+        if adds(residual) and (behind is None or adds(behind[0])):
+            made = convolved_onto(x, grid, parts, known.proj, None if behind is None else behind[1:])
+            if made is not None:
+                return made
+        made = conv_branch(residual, x, grid, parts, known.proj)
+    x = added(residual, x, mixer(x, grid), mixer if known is None else known.proj) if made is None else made
     return x if behind is None else added_mlp(*behind, x, grid, fresh=adds(residual))
 
 

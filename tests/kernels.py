@@ -71,6 +71,20 @@ def error(got: Tensor, exact: Tensor) -> float:
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
+def trained(made: nn.Module, map: Tensor, low: bool = False) -> dict[str, Tensor]:
+    """Result, gradients and statistics of one step."""
+    torch.manual_seed(2)
+    map = map.clone(memory_format=torch.preserve_format).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        out = made(Features(map)).map
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    (out * weight.to(out.dtype)).sum().backward()
+    found = {"result": out.detach(), "map": map.grad}
+    found |= {name: p.grad for name, p in made.named_parameters()} | dict(made.named_buffers())
+    assert all(value is not None for value in found.values())
+    return {name: value.double() for name, value in found.items() if value is not None}
+
+
 def saved_bytes(act: Any, parameters: list[nn.Parameter]) -> int:
     """Bytes that `act()` keeps for the backward pass, without parameters."""
     own, found = {p.untyped_storage().data_ptr() for p in parameters}, {}

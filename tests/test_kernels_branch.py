@@ -18,6 +18,7 @@ from blocks.nextvit import NCB, NTB
 from blocks.norms import BatchNorm, LayerNorm, NoNorm
 from blocks.residual import Residual
 from tests.contract import features, randomise
+from tests.kernels import trained
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no kernels on this machine")
 
@@ -53,20 +54,6 @@ def given(name: str, batch: int = 11) -> Tensor:
     map = features(Site.at({"ncb": 32, "ntb": 64}[name], 6).inp, batch=batch).map
     shift = torch.randn(1, map.shape[1], 1, 1, generator=torch.Generator().manual_seed(1))
     return (map + shift).detach()
-
-
-def trained(made: nn.Module, map: Tensor, low: bool = False) -> dict[str, Tensor]:
-    """Result, gradients and statistics of one step."""
-    torch.manual_seed(2)
-    map = map.clone(memory_format=torch.preserve_format).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        out = made(Features(map)).map
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
-    (out * weight.to(out.dtype)).sum().backward()
-    found = {"result": out.detach(), "map": map.grad}
-    found |= {name: p.grad for name, p in made.named_parameters()} | dict(made.named_buffers())
-    assert all(value is not None for value in found.values())
-    return {name: value.double() for name, value in found.items() if value is not None}
 
 
 def error(got: Tensor, exact: Tensor) -> float:

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocks.base import Norm
-from blocks.gates import NoGate
 from blocks.kernels import batch_norm, native, products
 from blocks.kernels.linear import DTYPES, Linear, eager, precision, unhooked
 from blocks.mlp import Mlp, ReLU
 from blocks.norms import BatchNorm
-from blocks.residual import Residual, kept
+from blocks.residual import Residual
 
 # Numbers between the two layers, at a time: enough that the weights, which are read for each piece, weigh little.
 HIDDEN = 2**23
@@ -32,7 +31,7 @@ def serves(residual: nn.Module, norm: Norm, mlp: nn.Module, x: Tensor) -> bool:
     """Whether `branch` computes what these parts would, of just the known types, on tokens `(B, N, C)` like `x`."""
     if not torch.is_grad_enabled() or not eager(x) or x.dtype not in DTYPES or precision(x) is not x.dtype:
         return False
-    if type(residual) is not Residual or type(norm) is not BatchNorm or type(mlp) is not Mlp:
+    if not isinstance(residual, Residual) or not residual.plain or type(norm) is not BatchNorm or type(mlp) is not Mlp:
         return False
     bn, layers, lanes = norm.bn, (mlp.fc1, mlp.fc2), products.lanes(x.dtype)
     if type(bn) is not nn.BatchNorm2d or type(mlp.act) is not ReLU or not x.is_contiguous():
@@ -43,8 +42,6 @@ def serves(residual: nn.Module, norm: Norm, mlp: nn.Module, x: Tensor) -> bool:
         return False
     if not batch_norm.serves(bn, _as_map(x)):
         return False
-    if type(residual.gate) is not NoGate or residual.layer_scale is not None or residual.scale != 1.0:
-        return False
     parameters = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
     if not eager(*parameters) or any(p is None or p.dtype is not torch.float32 for p in parameters):
         return False
@@ -52,7 +49,7 @@ def serves(residual: nn.Module, norm: Norm, mlp: nn.Module, x: Tensor) -> bool:
         return False
     if not all(t.requires_grad for t in (bn.weight, bn.bias, *parameters)):  # the kernel gives all gradients
         return False
-    return unhooked(residual, residual.gate, norm, bn, mlp, *mlp.children())
+    return unhooked(norm, bn, mlp, *mlp.children())
 
 
 def branch(residual: Residual, norm: Norm, mlp: nn.Module, x: Tensor) -> Tensor:
@@ -62,9 +59,8 @@ def branch(residual: Residual, norm: Norm, mlp: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(bn, nn.BatchNorm2d)
     with torch.no_grad():
         moments, folded = batch_norm.statistics(bn, _as_map(x))
-    keep = None
-    if residual.training and residual.rate > 0.0:
-        keep = kept(x, residual.rate).float()
+    keep = residual.factor(x)
+    keep = None if keep is None else keep.float()
     parts = (bn.weight, bn.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
     return _Branch.apply(x, *parts, moments, folded, keep, bn.eps)
 

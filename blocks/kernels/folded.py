@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocks.base import Act, Norm
-from blocks.gates import NoGate
 from blocks.kernels import batch_norm, native, onednn
 from blocks.kernels import conv as kernel
 from blocks.kernels.linear import DTYPES, Linear, eager, linear, precision, unhooked
@@ -145,14 +144,7 @@ def convs_of_images(layers: Iterable[Convolution], images: Tensor) -> Tensor:
 
 def adds(residual: nn.Module) -> bool:
     """Whether a residual is a mere sum here, and nobody looks at it."""
-    return (
-        type(residual) is Residual
-        and type(residual.gate) is NoGate
-        and residual.layer_scale is None
-        and residual.scale == 1.0
-        and not (residual.training and residual.rate > 0.0)
-        and unhooked(residual, residual.gate)
-    )
+    return isinstance(residual, Residual) and residual.plain and not (residual.training and residual.rate > 0.0)
 
 
 def added(residual: nn.Module, x: Tensor, y: Tensor, last: nn.Module) -> Tensor:

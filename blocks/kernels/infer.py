@@ -67,7 +67,7 @@ def convolved_onto(
     second = NO_MLP if behind is None else _mlp(*behind, x)
     if second is None:
         return None
-    (first, norm, act), map = conv, x.view(len(x), *grid, -1).permute(0, 3, 1, 2)
+    (first, norm, act), map = conv, x.view(len(x), *grid, x.shape[2]).permute(0, 3, 1, 2)
     known = first if isinstance(first, nn.Conv2d) and first.bias is None and type(act) is ReLU else None
     if known is not None and folds(norm, x, known, act) and kernel.chosen(known, map, x.dtype):
         return _run(x, None, grid, _half(norm, known.groups, [known.weight], []), layer, second)

@@ -52,7 +52,7 @@ class Factor(ctypes.Structure):
 class Result(ctypes.Structure):
     _fields_ = [
         ("at", ctypes.c_void_p), ("single", ctypes.c_int32), ("act", ctypes.c_int32), ("base", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p), ("sums", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p), ("sums", ctypes.c_void_p), ("factor", ctypes.c_void_p), ("each", ctypes.c_int64),
     ]  # fmt: skip
 
 

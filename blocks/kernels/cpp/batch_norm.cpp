@@ -1,7 +1,7 @@
 // Batch normalisation of training on a matrix, a channel in each column, with ReLU behind it: torch's own sums over the
 // rows are in float32 where channels come last, and so less exact the more rows there are.
 
-#include "vector.h"
+#include "calls.h"
 
 namespace {
 

@@ -23,19 +23,6 @@ void slope(const typename K::E* given, const typename K::E* hidden, const float*
   });
 }
 
-// x + y, or y times a number for each `each` rows.
-template <class K>
-void added(const typename K::E* from, const typename K::E* branch, const float* keep, int64_t each, int64_t rows,
-           int64_t width, typename K::E* to, int threads, Parallel parallel) {
-  split(rows, width, threads, parallel, [&](int64_t first, int64_t end, int) {
-    for (int64_t r = first; r < end; ++r) {
-      V by = set(keep ? keep[r / each] : 1.0f);
-      for (int64_t at = r * width; at < (r + 1) * width; at += LANES)
-        K::narrow(to + at, fma(K::widen(branch + at), by, K::widen(from + at)));
-    }
-  });
-}
-
 // given + found · scale + (x - mean) · slope + offset.
 template <class K>
 void gradient(const typename K::E* given, const typename K::E* found, const typename K::E* from, int64_t rows,
@@ -85,7 +72,7 @@ struct Norm {  // as batch_norm.cpp gives it
 template <class K>
 struct Branch : Linears<typename K::E> {
   using typename Linears<typename K::E>::E;
-  using Linears<E>::below, Linears<E>::learn, Linears<E>::parallel, Linears<E>::product;
+  using Linears<E>::below, Linears<E>::learn, Linears<E>::parallel, Linears<E>::product, Linears<E>::product_onto;
 
   const Shape& s;
   const float* const* w;  // the layers' weights and biases, in the order above
@@ -94,10 +81,8 @@ struct Branch : Linears<typename K::E> {
 
   struct Forward {  // room
     float *weight, *bias;
-    E* y;
     Forward(const Shape& s, Arena& arena)
-        : weight(arena.take<float>(s.hidden * s.dim)), bias(arena.take<float>(s.hidden)),
-          y(arena.take<E>(s.piece * s.each * s.dim)) {}
+        : weight(arena.take<float>(s.hidden * s.dim)), bias(arena.take<float>(s.hidden)) {}
   };
 
   struct Backward {  // room
@@ -123,8 +108,7 @@ struct Branch : Linears<typename K::E> {
     pieces([&](int64_t at, int64_t rows, const float* by) {
       E* h = hidden + at * s.hidden;
       product(x + at * s.dim, rows, s.dim, f.weight, s.hidden, f.bias, h, products::RELU);
-      product(h, rows, s.hidden, w[W2], s.dim, w[B2], f.y);
-      added<K>(x + at * s.dim, f.y, by, s.each, rows, s.dim, out + at * s.dim, s.threads, parallel);
+      product_onto(x + at * s.dim, h, rows, s.hidden, w[W2], s.dim, w[B2], out + at * s.dim, by, s.each);
     });
   }
 

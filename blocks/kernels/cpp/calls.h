@@ -63,6 +63,8 @@ struct Result {
   const void* base;  // to which it is added, as `at` in all: that itself, or other memory; or null
   const float* bias;
   float* sums;  // of the rows of the first factor, which is turned
+  const float* factor;  // of `each` rows, on what is added to `base`; or null
+  int64_t each;
 };
 
 struct Size {
@@ -110,12 +112,20 @@ enum { TURNED = 1, LAST = 2 };  // and of filters: for the way back; channels in
                       const products::Factor* second, const products::Result*, const products::Layers*, Parallel);    \
   int gelu##END(const void* x, void* grad, void* to, int64_t size, int threads, Parallel);                            \
   int conv_filters##END(const conv::Shape*, const float* weight, float* to, Parallel);                                \
-  int conv_forward##END(const conv::Shape*, const E* map, const float* filters, const float* bias, E* to, Parallel);
+  int conv_forward##END(const conv::Shape*, const E* map, const float* filters, const float* bias, E* to, Parallel);  \
+  int conv_weight##END(const conv::Shape*, const E* map, const E* grad, float* to, Parallel);                         \
+  int batch_norm##END(const void* x, int64_t rows, int64_t width, const float* weight, const float* bias, double eps, \
+                      double momentum, float* running_mean, float* running_var, double* moments, float* folded,       \
+                      int relu, void* to, int threads, Parallel);                                                     \
+  int batch_norm_back##END(const void* x, const void* grad, int64_t rows, int64_t width, double eps,                  \
+                           const double* moments, const float* folded, int relu, float* weight, float* bias,          \
+                           void* to, int threads, Parallel);
 
 extern "C" {
 KERNELS(float, )
 #ifdef __AVX512BF16__
 KERNELS(uint16_t, _bf16)
 #endif
+int winograd_weight(const conv::Shape*, const float* map, const float* grad, float* to, Parallel);
 }
 #undef KERNELS

@@ -144,7 +144,7 @@ void weave_places(const typename K::E* from, int pairs, int wide, float* to) {
 
 // The gradient of the weight, (groups, tap, out, in).
 template <class K>
-void weight_gradient(const Shape& s, const void* map, const void* grad, float* to, Parallel parallel) {
+void weight_gradient(const Shape& s, const typename K::E* map, const typename K::E* grad, float* to, Parallel parallel) {
   using E = typename K::E;
   constexpr int U = K::U;
   const int64_t size = int64_t(s.groups) * 9 * s.out * s.in;
@@ -153,8 +153,8 @@ void weight_gradient(const Shape& s, const void* map, const void* grad, float* t
     const int count = at.rows * s.line(), pairs = (count + U - 1) / U, all = (at.rows + 2) * s.line() + 4;
     Arena arena{memory((2 * all * s.in + count * s.out) * (sizeof(E) + sizeof(float)) + 4096)};
     E *rows = arena.take<E>((all + 4) * s.in), *given = arena.take<E>((count + 2) * s.out);
-    bordered(static_cast<const E*>(map), s, at, at.first - 1, at.rows + 2, s.in, 1, 8, rows);
-    bordered(static_cast<const E*>(grad), s, at, at.first, at.rows, s.out, 0, 2, given);
+    bordered(map, s, at, at.first - 1, at.rows + 2, s.in, 1, 8, rows);
+    bordered(grad, s, at, at.first, at.rows, s.out, 0, 2, given);
     const float *shifted[2], *gradient;
     if constexpr (U == 1) {
       shifted[0] = shifted[1] = rows, gradient = given;
@@ -186,7 +186,7 @@ void weight_gradient(const Shape& s, const void* map, const void* grad, float* t
 extern "C" {
 
 // `in` and `out` are multiples of 32. Filters are the weight as `conv_filters` gives it; in float32 winograd.cpp convolves.
-int conv_weight(const conv::Shape* s, const void* map, const void* grad, float* to, Parallel parallel) {
+int conv_weight(const conv::Shape* s, const float* map, const float* grad, float* to, Parallel parallel) {
   return guarded([&] { weight_gradient<Full>(Shape{*s}, map, grad, to, parallel); });
 }
 
@@ -204,7 +204,7 @@ int conv_forward_bf16(const conv::Shape* s, const uint16_t* map, const float* fi
   });
 }
 
-int conv_weight_bf16(const conv::Shape* s, const void* map, const void* grad, float* to, Parallel parallel) {
+int conv_weight_bf16(const conv::Shape* s, const uint16_t* map, const uint16_t* grad, float* to, Parallel parallel) {
   return guarded([&] { weight_gradient<Half>(Shape{*s}, map, grad, to, parallel); });
 }
 #endif

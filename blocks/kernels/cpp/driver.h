@@ -19,6 +19,9 @@ struct Kernels;
     static constexpr auto activate = gelu##END;                 \
     static constexpr auto filters = conv_filters##END;          \
     static constexpr auto convolve = conv_forward##END;         \
+    static constexpr auto weigh = conv_weight##END;             \
+    static constexpr auto batch_norm = ::batch_norm##END;       \
+    static constexpr auto batch_norm_back = ::batch_norm_back##END;\
   };
 KERNELS(float, )
 #ifdef __AVX512BF16__
@@ -41,13 +44,20 @@ struct Linears {
   int64_t threads;
 
   void product(const E* x, int64_t m, int64_t in, const float* weight, int64_t out, const float* bias, E* to,
-               int act = products::NONE, const E* base = nullptr) const {
-    multiply({x, in, 0, SINGLE}, {weight, in, 0, 1}, {to, SINGLE, act, base, bias, nullptr}, {m, out, in, threads});
+               int act = products::NONE) const {
+    multiply({x, in, 0, SINGLE}, {weight, in, 0, 1}, {to, SINGLE, act, nullptr, bias}, {m, out, in, threads});
+  }
+
+  // The same added to `base`, with a factor for each `each` rows if there are factors.
+  void product_onto(const E* base, const E* x, int64_t m, int64_t in, const float* weight, int64_t out, const float* bias,
+                    E* to, const float* factor = nullptr, int64_t each = 1) const {
+    multiply({x, in, 0, SINGLE}, {weight, in, 0, 1}, {to, SINGLE, 0, base, bias, nullptr, factor, each},
+             {m, out, in, threads});
   }
 
   // The gradient of what went in.
   void below(const E* grad, int64_t m, int64_t out, const float* weight, int64_t in, E* to) const {
-    multiply({grad, out, 0, SINGLE}, {weight, in, 1, 1}, {to, SINGLE, 0, nullptr, nullptr, nullptr}, {m, in, out, threads});
+    multiply({grad, out, 0, SINGLE}, {weight, in, 1, 1}, {to, SINGLE}, {m, in, out, threads});
   }
 
   // Those of weight and bias; with `add` the weight's is added to what is there.
@@ -61,7 +71,7 @@ struct Linears {
   void two(const E* x, int64_t m, int64_t in, const float* first, const float* bias, int act, int64_t hidden,
            const float* second, const float* bias2, int64_t out, To* to) const {
     const products::Factor a{x, in, 0, SINGLE}, b{first, in, 0, 1}, c{second, hidden, 0, 1};
-    const products::Result r{to, sizeof(To) == sizeof(float), act, to, bias2, nullptr};
+    const products::Result r{to, sizeof(To) == sizeof(float), act, to, bias2};
     const products::Layers size{m, in, hidden, out, threads};
     need(Call::layers(&a, &b, bias, &c, &r, &size, parallel));
   }

@@ -167,6 +167,11 @@ INLINE void tile_of(const float* a, const float* b, int64_t words, int64_t part,
     }
   V s[HIGH][COUNT];
   sums<K>(a, b, words, part, c.bias ? c.bias + column : nullptr, c.act, ahead, s);
+  if (c.factor)
+    for (int64_t r = 0, of = row / c.each, end = (of + 1) * c.each - row; r < rows; ++r) {
+      if (r == end) ++of, end += c.each;
+      for (int v = 0; v < COUNT; ++v) s[r][v] *= set(c.factor[of]);
+    }
   auto give = [&](int r) {
 #pragma GCC unroll 2
     for (int v = 0; v < COUNT; ++v) {

@@ -35,7 +35,7 @@ template <class K>
 struct Branches : Linears<typename K::E> {
   using typename Linears<typename K::E>::E;
   using typename Linears<typename K::E>::Call;
-  using Linears<E>::parallel, Linears<E>::product;
+  using Linears<E>::parallel, Linears<E>::product, Linears<E>::product_onto;
 
   const Shape& s;
   const float* const* w;  // the parameters, in the order above; without a convolution, or a bias, null
@@ -56,7 +56,7 @@ struct Branches : Linears<typename K::E> {
 
   void infer(const E* x, const E* y, const Room& r, E* made) const {
     if (s.groups) y = convolved(x, r);
-    if (y) product(y, s.rows(), s.dim, w[PROJ_W], s.dim, w[PROJ_B], made, products::NONE, x);
+    if (y) product_onto(x, y, s.rows(), s.dim, w[PROJ_W], s.dim, w[PROJ_B], made);
     if (s.hidden) mlp(r, made);
   }
 
@@ -84,7 +84,7 @@ struct Branches : Linears<typename K::E> {
       const int64_t at = rows * piece / pieces, some = rows * (piece + 1) / pieces - at;
       E* own = made + at * dim;
       product(from + at * dim, some, dim, weight, hidden, bias, r.hidden, products::RELU);
-      product(r.hidden, some, hidden, w[FC2_W], dim, w[FC2_B], own, products::NONE, own);
+      product_onto(own, r.hidden, some, hidden, w[FC2_W], dim, w[FC2_B], own);
     }
   }
 };
