@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from blocks import nextvit
+from blocks import nextvit, residual
 from blocks.base import Features, Site
 from blocks.kernels import conv, native, products
 from blocks.kernels.conv_branch import conv_branch
@@ -102,6 +102,17 @@ def test_drops_the_same_samples(form: str, calls: list[str], monkeypatch: pytest
     assert "conv_branch_backward" in calls
     for key, value in without(made, map, monkeypatch).items():
         assert error(got[key], value) < 1e-5, key
+
+
+def test_where_all_samples_are_dropped(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The statistics are brought on, and no parameter learns anything."""
+    made, map = branch(0.5), given()
+    monkeypatch.setattr(residual, "kept", lambda x, rate: x.new_zeros(len(x), 1, 1))
+    got = trained(copy.deepcopy(made), map)
+    assert "conv_branch_backward" in calls
+    assert not any(got[key].any() for key, _ in made.named_parameters())
+    for key, value in without(made, map, monkeypatch).items():
+        torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_lie_as_their_parameters(calls: list[str]) -> None:

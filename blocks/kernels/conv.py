@@ -93,7 +93,7 @@ def conv(
     shape = Shape(0, 0, 0, groups, inp, out, torch.get_num_threads(), TURNED * turned + LAST * last)
     native.run("conv_filters", map.dtype, shape, weight, filters)
     bias = None if bias is None else bias.float().contiguous()
-    native.run("conv_forward", map.dtype, _shape(map, made, groups, relu), map, filters, bias, made)
+    native.run("conv_forward", map.dtype, _shape(map, made, groups, relu), map, filters, bias, None, made)
     return made
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from blocks.kernels import native, products
 from blocks.kernels.linear import DTYPES, eager, precision
-from blocks.kernels.products import ACTS, Factor, Result
+from blocks.kernels.products import Factor, Result
 
 # Widths before and between the layers, in words of 32 bits, of which enough rows stay in the processor's cache.
 MOST = 3400
@@ -64,8 +64,7 @@ def two_layers(
         return None
     made = rows.new_empty(len(rows), out, dtype=dtype) if onto is None else onto.view(-1, out)
     biases = [None if b is None else b.float().contiguous() for b in (bias, bias2)]
-    places = (None if t is None else t.data_ptr() for t in (onto, biases[1], None))
-    result = Result(made.data_ptr(), made.dtype is torch.float32, ACTS.index(act), *places)
+    result = Result.of(made, act, onto, biases[1])
     size = Size(len(rows), inp, hidden, out, torch.get_num_threads())
     native.run("two_layers", dtype, Factor.of(rows), Factor.of(weight), biases[0], Factor.of(weight2), result, size)
     return made.view(*x.shape[:-1], out) if onto is None else onto

@@ -41,7 +41,8 @@ ACTS = ("none", "relu", "gelu")
 
 class Factor(ctypes.Structure):
     _fields_ = [
-        ("at", ctypes.c_void_p), ("step", ctypes.c_int64), ("turned", ctypes.c_int32), ("single", ctypes.c_int32)
+        ("at", ctypes.c_void_p), ("step", ctypes.c_int64), ("turned", ctypes.c_int32), ("single", ctypes.c_int32),
+        ("places", ctypes.c_void_p),
     ]  # fmt: skip
 
     @classmethod
@@ -52,8 +53,14 @@ class Factor(ctypes.Structure):
 class Result(ctypes.Structure):
     _fields_ = [
         ("at", ctypes.c_void_p), ("single", ctypes.c_int32), ("act", ctypes.c_int32), ("base", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p), ("sums", ctypes.c_void_p), ("factor", ctypes.c_void_p), ("each", ctypes.c_int64),
+        ("bias", ctypes.c_void_p), ("sums", ctypes.c_void_p), ("mask", ctypes.c_void_p), ("places", ctypes.c_void_p),
+        ("by", ctypes.c_float),
     ]  # fmt: skip
+
+    @classmethod
+    def of(cls, made: Tensor, act: str, base: Tensor | None, bias: Tensor | None, sums: Tensor | None = None) -> Result:
+        places = (None if t is None else t.data_ptr() for t in (base, bias, sums))
+        return cls(made.data_ptr(), made.dtype is torch.float32, ACTS.index(act), *places, by=1.0)
 
 
 class Size(ctypes.Structure):
@@ -165,8 +172,7 @@ def _call(
     base: Tensor | None = None,
 ) -> None:
     bias = None if bias is None else bias.float().contiguous()
-    places = (None if t is None else t.data_ptr() for t in (base, bias, sums))
-    result = Result(made.data_ptr(), made.dtype is torch.float32, ACTS.index(act), *places)
+    result = Result.of(made, act, base, bias, sums)
     size = Size(*made.shape, k, torch.get_num_threads())
     native.run("gemm", torch.float32 if a.single else torch.bfloat16, a, b, result, size)
 

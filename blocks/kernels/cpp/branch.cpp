@@ -8,34 +8,23 @@ namespace {
 #include "driver.h"
 #include "rows.h"
 #include "fold.h"
+#include "kept.h"
 
-// The gradient behind ReLU's slope, where `hidden` is what that gave, times a number for each `each` rows; and its sums.
+// given + found · scale + (x - mean) · slope + offset; nothing is found for samples that are dropped.
 template <class K>
-void slope(const typename K::E* given, const typename K::E* hidden, const float* keep, int64_t each, int64_t rows,
-           int64_t width, typename K::E* to, double* sum, int threads, Parallel parallel) {
-  column_sums<1>(rows, width, &sum, threads, parallel, [&](int64_t r, int64_t c, V* found) {
-    int64_t at = r * width + c;
-    V d = K::widen(given + at);
-    if (keep) d = d * set(keep[r / each]);
-    if (hidden) d = above(K::widen(hidden + at), d);
-    if (to) K::narrow(to + at, d);
-    found[0] = found[0] + d;
-  });
-}
-
-// given + found · scale + (x - mean) · slope + offset.
-template <class K>
-void gradient(const typename K::E* given, const typename K::E* found, const typename K::E* from, int64_t rows,
-              int64_t width, const float* scale, const float* mean, const float* slope, const float* offset,
-              typename K::E* to, int threads, Parallel parallel) {
+void gradient(const typename K::E* given, const typename K::E* found, const typename K::E* from, const Samples& samples,
+              int64_t rows, int64_t width, const float* scale, const float* mean, const float* slope,
+              const float* offset, typename K::E* to, int threads, Parallel parallel) {
   split(rows, width, threads, parallel, [&](int64_t first, int64_t end, int) {
-    for (int64_t r = first; r < end; ++r)
+    for (int64_t r = first; r < end; ++r) {
+      const bool dropped = samples.dropped(r / samples.each);
       for (int64_t c = 0; c < width; c += LANES) {
         int64_t at = r * width + c;
         V a = K::widen(from + at) - loadu(mean + c);
         V d = K::widen(given + at) + fma(a, loadu(slope + c), loadu(offset + c));
-        K::narrow(to + at, fma(K::widen(found + at), loadu(scale + c), d));
+        K::narrow(to + at, dropped ? d : fma(K::widen(found + at), loadu(scale + c), d));
       }
+    }
   });
 }
 
@@ -77,7 +66,7 @@ struct Branch : Linears<typename K::E> {
   const Shape& s;
   const float* const* w;  // the layers' weights and biases, in the order above
   const Norm norm;
-  const float* keep;  // what the branch of each sample is multiplied by; or null
+  const Samples samples;
 
   struct Forward {  // room
     float *weight, *bias;
@@ -86,49 +75,52 @@ struct Branch : Linears<typename K::E> {
   };
 
   struct Backward {  // room
-    E *d, *dh, *below;
-    double *sums, *total1, *total2, *found;
-    float *slope, *offset;
+    E *dh, *below;
+    double *total1, *total2, *found;
+    float *sums1, *sums2, *slope, *offset;
     Backward(const Shape& s, Arena& arena)
-        : d(arena.take<E>(s.piece * s.each * s.dim)), dh(arena.take<E>(s.piece * s.each * s.hidden)),
-          below(arena.take<E>(s.rows() * s.dim)), sums(arena.take<double>(std::max(s.dim, s.hidden))),
+        : dh(arena.take<E>(s.piece * s.each * s.hidden)), below(arena.take<E>(s.rows() * s.dim)),
           total1(arena.take<double>(s.hidden)), total2(arena.take<double>(s.dim)),
-          found(arena.take<double>(2 * s.dim)), slope(arena.take<float>(s.dim)), offset(arena.take<float>(s.dim)) {}
+          found(arena.take<double>(2 * s.dim)), sums1(arena.take<float>(s.hidden)), sums2(arena.take<float>(s.dim)),
+          slope(arena.take<float>(s.dim)), offset(arena.take<float>(s.dim)) {}
   };
 
-  // Calls act(first row, rows, what the samples are multiplied by) for each piece.
+  // Calls act(first row, rows) for each piece of the samples that are kept.
   template <class F>
   void pieces(const F& act) const {
-    for (int64_t from = 0; from < s.batch; from += s.piece)
-      act(from * s.each, std::min(s.piece, s.batch - from) * s.each, keep ? keep + from : nullptr);
+    const int64_t most = s.piece * s.each;
+    for (int64_t at = 0; at < samples.rows; at += most) act(at, std::min(most, samples.rows - at));
   }
 
+  typename Linears<E>::Lines lines(const E* x, int64_t at) const { return {samples.of(x, at, s.dim), samples.from(at)}; }
+
+  // `hidden`: rows of the samples that are kept.
   void forward(const E* x, E* hidden, const Forward& f, E* out) const {
     folded<Full>(w[W1], w[B1], norm.scale, norm.shift, s.hidden, s.dim, f.weight, f.bias, s.threads, parallel);
-    pieces([&](int64_t at, int64_t rows, const float* by) {
+    pieces([&](int64_t at, int64_t rows) {
       E* h = hidden + at * s.hidden;
-      product(x + at * s.dim, rows, s.dim, f.weight, s.hidden, f.bias, h, products::RELU);
-      product_onto(x + at * s.dim, h, rows, s.hidden, w[W2], s.dim, w[B2], out + at * s.dim, by, s.each);
+      product(lines(x, at), rows, s.dim, f.weight, s.hidden, f.bias, h, products::RELU);
+      product_onto(samples.of(x, at, s.dim), h, rows, s.hidden, w[W2], s.dim, w[B2], samples.of(out, at, s.dim),
+                   samples.from(at), samples.by);
+    });
+    samples.others(s.batch, [&](int64_t first, int64_t end) {
+      std::memcpy(out + first * s.dim, x + first * s.dim, (end - first) * s.dim * sizeof(E));
     });
   }
 
   // `g`: where the gradients of the layers' parameters go, and those of the norm, in the order above.
   void backward(const E* x, const E* hidden, const E* grad, const Backward& b, E* dx, float* const* g) const {
     std::memset(b.total1, 0, s.hidden * sizeof(double)), std::memset(b.total2, 0, s.dim * sizeof(double));
-    auto sum = [&](int64_t count, double* total) {
-      for (int64_t i = 0; i < count; ++i) total[i] += b.sums[i];
-    };
-    pieces([&](int64_t at, int64_t rows, const float* by) {
-      const E *given = grad + at * s.dim, *h = hidden + at * s.hidden;
-      slope<K>(given, nullptr, by, s.each, rows, s.dim, by ? b.d : nullptr, b.sums, s.threads, parallel);
-      sum(s.dim, b.total2);
-      const E* d = by ? b.d : given;
-      learn(d, rows, s.dim, h, s.hidden, g[W2], nullptr, at > 0);
-      below(d, rows, s.dim, w[W2], s.hidden, b.dh);
-      slope<K>(b.dh, h, nullptr, s.each, rows, s.hidden, b.dh, b.sums, s.threads, parallel);
-      sum(s.hidden, b.total1);
-      learn(b.dh, rows, s.hidden, x + at * s.dim, s.dim, g[W1], nullptr, at > 0);
-      below(b.dh, rows, s.hidden, w[W1], s.dim, b.below + at * s.dim);
+    for (int i : {W1, W2})
+      if (!samples.rows) std::memset(g[i], 0, s.dim * s.hidden * sizeof(float));
+    pieces([&](int64_t at, int64_t rows) {
+      const E* h = hidden + at * s.hidden;
+      learn(lines(grad, at), rows, s.dim, h, s.hidden, g[W2], b.sums2, at > 0, samples.by);
+      below(lines(grad, at), rows, s.dim, w[W2], s.hidden, b.dh, h, nullptr, samples.by);
+      learn(b.dh, rows, s.hidden, lines(x, at), s.dim, g[W1], b.sums1, at > 0);
+      below(b.dh, rows, s.hidden, w[W1], s.dim, samples.of(b.below, at, s.dim), nullptr, samples.from(at));
+      for (int64_t i = 0; i < s.hidden; ++i) b.total1[i] += b.sums1[i];
+      for (int64_t i = 0; i < s.dim; ++i) b.total2[i] += double(b.sums2[i]) * samples.by;
     });
     std::copy(b.total1, b.total1 + s.hidden, g[B1]), std::copy(b.total2, b.total2 + s.dim, g[B2]);
     // The sums over all rows that a norm's gradient needs, without another look at the rows.
@@ -140,7 +132,7 @@ struct Branch : Linears<typename K::E> {
       dscale[c] = float(scale), dshift[c] = float(shift);
       b.slope[c] = float(by * root * scale), b.offset[c] = float(by * shift);
     }
-    gradient<K>(grad, b.below, x, s.rows(), s.dim, norm.scale, norm.centre, b.slope, b.offset, dx, s.threads, parallel);
+    gradient<K>(grad, b.below, x, samples, s.rows(), s.dim, norm.scale, norm.centre, b.slope, b.offset, dx, s.threads, parallel);
   }
 };
 
@@ -153,8 +145,8 @@ void room(const Shape& s, int64_t* bytes) {
 
 }  // namespace
 
-// Widths are whole vectors. `work`: of as many bytes as branch_room says for each pass. `keep` may be null. Each gives 0,
-// or 1 where memory ran out.
+// Widths are whole vectors. `work`: of as many bytes as branch_room says for each pass. `keep`: what the branch of each
+// sample is multiplied by, 0 or one number; or null. Each gives 0, or 1 where memory ran out.
 #define FUNCTIONS(K, END)                                                                                             \
   int branch_room##END(const Shape* s, int64_t* bytes, Parallel) { return room<K>(*s, bytes), 0; }                    \
   int branch_forward##END(const Shape* s, const K::E* x, const float* const* layers, const double* moments,           \
@@ -162,7 +154,7 @@ void room(const Shape& s, int64_t* bytes) {
                           Parallel parallel) {                                                                        \
     Arena room{work};                                                                                                 \
     return guarded([&] {                                                                                              \
-      Branch<K>{{parallel, s->threads}, *s, layers, {*s, moments, folded}, keep}.forward(x, hidden, {*s, room}, out); \
+      Branch<K>{{parallel, s->threads}, *s, layers, {*s, moments, folded}, {keep, s->batch, s->each}}.forward(x, hidden, {*s, room}, out); \
     });                                                                                                               \
   }                                                                                                                   \
   int branch_backward##END(const Shape* s, const K::E* x, const float* const* layers, const double* moments,          \
@@ -170,7 +162,7 @@ void room(const Shape& s, int64_t* bytes) {
                            K::E* dx, float* const* grads, Parallel parallel) {                                        \
     Arena room{work};                                                                                                 \
     return guarded([&] {                                                                                              \
-      Branch<K>{{parallel, s->threads}, *s, layers, {*s, moments, folded}, keep}.backward(x, hidden, grad,            \
+      Branch<K>{{parallel, s->threads}, *s, layers, {*s, moments, folded}, {keep, s->batch, s->each}}.backward(x, hidden, grad,            \
                                                                                           {*s, room}, dx, grads);     \
     });                                                                                                               \
   }

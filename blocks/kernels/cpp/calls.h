@@ -49,11 +49,13 @@ namespace products {
 struct Factor {  // as in products.py: element (row, k) lies at row · step + k, or turned at k · step + row
   const void* at;
   int64_t step;
-  int32_t turned, single;  // single: float32, whatever the kind
+  int32_t turned, single;    // single: float32, whatever the kind
+  const int32_t* places;     // which row, or turned which k, stands in memory for each; or null for itself
 
+  int64_t place(int64_t i) const { return places ? places[i] : i; }
   template <class E>
   const E* of(int64_t row, int64_t k) const {
-    return static_cast<const E*>(at) + (turned ? k * step + row : row * step + k);
+    return static_cast<const E*>(at) + (turned ? place(k) * step + row : place(row) * step + k);
   }
 };
 
@@ -63,8 +65,9 @@ struct Result {
   const void* base;  // to which it is added, as `at` in all: that itself, or other memory; or null
   const float* bias;
   float* sums;  // of the rows of the first factor, which is turned
-  const float* factor;  // of `each` rows, on what is added to `base`; or null
-  int64_t each;
+  const void* mask;       // as `at`: where it is not above 0 there is no product; or null
+  const int32_t* places;  // of the rows, as of a factor's
+  float by = 1.0f;        // a factor on all, but on sums
 };
 
 struct Size {
@@ -112,7 +115,8 @@ enum { TURNED = 1, LAST = 2 };  // and of filters: for the way back; channels in
                       const products::Factor* second, const products::Result*, const products::Layers*, Parallel);    \
   int gelu##END(const void* x, void* grad, void* to, int64_t size, int threads, Parallel);                            \
   int conv_filters##END(const conv::Shape*, const float* weight, float* to, Parallel);                                \
-  int conv_forward##END(const conv::Shape*, const E* map, const float* filters, const float* bias, E* to, Parallel);  \
+  int conv_forward##END(const conv::Shape*, const E* map, const float* filters, const float* bias, const E* base,     \
+                        E* to, Parallel);                                                                             \
   int conv_weight##END(const conv::Shape*, const E* map, const E* grad, float* to, Parallel);                         \
   int batch_norm##END(const void* x, int64_t rows, int64_t width, const float* weight, const float* bias, double eps, \
                       double momentum, float* running_mean, float* running_var, double* moments, float* folded,       \

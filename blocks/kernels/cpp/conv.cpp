@@ -101,15 +101,15 @@ void filters(const float* weight, const conv::Shape& s, float* to, Parallel para
 }
 
 template <class K, int WORDS>
-void forward(const Shape& s, const typename K::E* map, const Word* weight, const float* bias, typename K::E* to,
-             Parallel parallel) {
+void forward(const Shape& s, const typename K::E* map, const Word* weight, const float* bias, const typename K::E* base,
+             typename K::E* to, Parallel parallel) {
   using E = typename K::E;
   const int words = s.in / K::U;
   strips(s, ROOM, s.in * sizeof(E), parallel, [&](const Strip& at, int) {
     const int count = at.rows * s.line();
     E* rows = reinterpret_cast<E*>(memory(((at.rows + 2) * s.line() + HIGH + 2) * s.in * sizeof(E)));
     bordered(map, s, at, at.first - 1, at.rows + 2, s.in, 1, HIGH + 2, rows);
-    E* made = to + (at.image * s.height + at.first) * s.width * s.groups * s.out + at.group * s.out;
+    const int64_t start = (at.image * s.height + at.first) * s.width * s.groups * s.out + at.group * s.out;
     for (int n = 0; n < s.out; n += WIDE) {
       const Word* w = weight + int64_t(at.group) * 9 * words * s.out + n;
       V shift[2] = {set(0.0f), set(0.0f)};
@@ -126,8 +126,11 @@ void forward(const Shape& s, const typename K::E* map, const Word* weight, const
           }
         int i = q / s.line(), j = q % s.line();
         for (int r = 0; r < HIGH && i < at.rows; ++r) {
-          E* place = made + (int64_t(i) * s.width + j) * s.groups * s.out + n;
-          if (j < s.width) K::narrow(place, y[r][0]), K::narrow(place + LANES, y[r][1]);
+          const int64_t place = start + (int64_t(i) * s.width + j) * s.groups * s.out + n;
+          for (int v = 0; v < 2 && j < s.width; ++v) {
+            const int64_t own = place + v * LANES;
+            K::narrow(to + own, base ? K::widen(base + own) + y[r][v] : y[r][v]);
+          }
           if (++j == s.line()) j = 0, ++i;
         }
       }
@@ -195,12 +198,12 @@ int conv_filters_bf16(const conv::Shape* s, const float* weight, float* to, Para
   return guarded([&] { filters<Half>(weight, *s, to, parallel); });
 }
 
-int conv_forward_bf16(const conv::Shape* s, const uint16_t* map, const float* filters, const float* bias, uint16_t* to,
-                      Parallel parallel) {
+int conv_forward_bf16(const conv::Shape* s, const uint16_t* map, const float* filters, const float* bias,
+                      const uint16_t* base, uint16_t* to, Parallel parallel) {
   return guarded([&] {
     const Shape shape{*s};
-    s->in == 32 ? forward<Half, 32 / Half::U>(shape, map, filters, bias, to, parallel)
-                : forward<Half, 0>(shape, map, filters, bias, to, parallel);
+    s->in == 32 ? forward<Half, 32 / Half::U>(shape, map, filters, bias, base, to, parallel)
+                : forward<Half, 0>(shape, map, filters, bias, base, to, parallel);
   });
 }
 

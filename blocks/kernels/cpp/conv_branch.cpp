@@ -6,7 +6,7 @@ namespace {
 
 #include "words.h"
 #include "driver.h"
-#include "rows.h"
+#include "kept.h"
 
 struct Shape {  // as in conv_branch.py
   int64_t batch;
@@ -34,7 +34,7 @@ struct ConvBranch : Linears<typename K::E> {
 
   const Shape& s;
   const float* const* w;  // the parameters, in the order above
-  const float* keep;      // what the branch of each sample is multiplied by; or null
+  const Samples samples;
 
   struct Kept {  // for the backward pass: what the convolution gave, and ReLU; and of the norm what it says of itself
     E *y, *active;
@@ -52,36 +52,42 @@ struct ConvBranch : Linears<typename K::E> {
 
   struct Backward {  // room
     float *filters, *weight;
-    E *d, *below;
+    E* below;
     Backward(const Shape& s, Arena& arena)
         : filters(arena.take<float>(POINTS * s.dim * s.group())), weight(arena.take<float>(9 * s.dim * s.group())),
-          d(arena.take<E>(s.size())), below(arena.take<E>(s.size())) {}
+          below(arena.take<E>(s.size())) {}
   };
 
-  void convolve(const E* x, int turned, float* filters, E* to) const {
+  void convolve(const E* x, int turned, float* filters, const E* base, E* to) const {
     const conv::Shape weight = s.convolution(turned | (s.last ? conv::LAST : 0)), map = s.convolution(0);
     need(Call::filters(&weight, w[CONV], filters, parallel));
-    need(Call::convolve(&map, x, filters, nullptr, to, parallel));
+    need(Call::convolve(&map, x, filters, nullptr, base, to, parallel));
   }
 
   void forward(const E* x, float* mean, float* variance, const Kept& k, const Forward& f, E* out) const {
-    convolve(x, 0, f.filters, k.y);
+    convolve(x, 0, f.filters, nullptr, k.y);
     need(Call::batch_norm(k.y, s.rows(), s.dim, w[SCALE], w[SHIFT], s.eps, s.momentum, mean, variance, k.moments,
                           k.folded, true, k.active, s.threads, parallel));
-    product_onto(x, k.active, s.rows(), s.dim, w[PROJ], s.dim, nullptr, out, keep, s.each());
+    const int32_t* places = samples.from(0);
+    if (samples.rows)
+      product_onto(x, {k.active, places}, samples.rows, s.dim, w[PROJ], s.dim, nullptr, out, places, samples.by);
+    samples.others(s.batch, [&](int64_t first, int64_t end) {
+      std::memcpy(out + first * s.dim, x + first * s.dim, (end - first) * s.dim * sizeof(E));
+    });
   }
 
   // `g`: where the gradients of the parameters go.
   void backward(const E* x, const Kept& k, const E* grad, const Backward& b, E* dx, float* const* g) const {
-    if (keep)
-      split(s.rows(), s.dim, s.threads, parallel, [&](int64_t first, int64_t end, int) {
-        for (int64_t r = first; r < end; ++r)
-          for (int64_t at = r * s.dim; at < (r + 1) * s.dim; at += LANES)
-            K::narrow(b.d + at, K::widen(grad + at) * set(keep[r / s.each()]));
-      });
-    const E* d = keep ? b.d : grad;
-    learn(d, s.rows(), s.dim, k.active, s.dim, g[PROJ], nullptr);
-    below(d, s.rows(), s.dim, w[PROJ], s.dim, b.below);
+    const int32_t* places = samples.from(0);
+    if (samples.rows) {
+      learn({grad, places}, samples.rows, s.dim, {k.active, places}, s.dim, g[PROJ], nullptr, false, samples.by);
+      below({grad, places}, samples.rows, s.dim, w[PROJ], s.dim, b.below, nullptr, places, samples.by);
+    } else {
+      std::memset(g[PROJ], 0, s.dim * s.dim * sizeof(float));
+    }
+    samples.others(s.batch, [&](int64_t first, int64_t end) {
+      std::memset(b.below + first * s.dim, 0, (end - first) * s.dim * sizeof(E));
+    });
     need(Call::batch_norm_back(k.y, b.below, s.rows(), s.dim, s.eps, k.moments, k.folded, true, g[SCALE], g[SHIFT],
                                b.below, s.threads, parallel));
     const conv::Shape shape = s.convolution(0);
@@ -91,11 +97,7 @@ struct ConvBranch : Linears<typename K::E> {
       need(Call::weigh(&shape, x, b.below, b.weight, parallel));
     }
     ordered(b.weight, g[CONV]);
-    convolve(b.below, conv::TURNED, b.filters, dx);
-    split(s.rows(), s.dim, s.threads, parallel, [&](int64_t first, int64_t end, int) {
-      for (int64_t at = first * s.dim; at < end * s.dim; at += LANES)
-        K::narrow(dx + at, K::widen(dx + at) + K::widen(grad + at));
-    });
+    convolve(b.below, conv::TURNED, b.filters, grad, dx);
   }
 
   // The gradient of the convolution's weight, (groups, tap, out, in), as the weight lies.
@@ -119,7 +121,8 @@ void room(const Shape& s, int64_t* bytes) {
 }  // namespace
 
 // Channels of a group are multiples of 32. `kept`, `work`: of as many bytes as conv_branch_room says for what the forward
-// pass keeps, and for the work of each pass. `keep` may be null. Each gives 0, or 1 where memory ran out.
+// pass keeps, and for the work of each pass. `keep`: what the branch of each sample is multiplied by, 0 or one number; or
+// null. Each gives 0, or 1 where memory ran out.
 #define FUNCTIONS(K, END)                                                                                              \
   int conv_branch_room##END(const Shape* s, int64_t* bytes, Parallel) { return room<K>(*s, bytes), 0; }                \
   int conv_branch_forward##END(const Shape* s, const K::E* x, const float* const* params, float* mean,                 \
@@ -127,7 +130,7 @@ void room(const Shape& s, int64_t* bytes) {
                                Parallel parallel) {                                                                    \
     Arena stays{kept}, room{work};                                                                                     \
     return guarded([&] {                                                                                               \
-      ConvBranch<K>{{parallel, s->threads}, *s, params, keep}.forward(x, mean, variance, {*s, stays}, {*s, room}, out);\
+      ConvBranch<K>{{parallel, s->threads}, *s, params, {keep, s->batch, s->each()}}.forward(x, mean, variance, {*s, stays}, {*s, room}, out);\
     });                                                                                                                \
   }                                                                                                                    \
   int conv_branch_backward##END(const Shape* s, const K::E* x, const float* const* params, const float* keep,          \
@@ -135,7 +138,7 @@ void room(const Shape& s, int64_t* bytes) {
                                 Parallel parallel) {                                                                   \
     Arena stays{kept}, room{work};                                                                                     \
     return guarded([&] {                                                                                               \
-      ConvBranch<K>{{parallel, s->threads}, *s, params, keep}.backward(x, {*s, stays}, grad, {*s, room}, dx, grads);   \
+      ConvBranch<K>{{parallel, s->threads}, *s, params, {keep, s->batch, s->each()}}.backward(x, {*s, stays}, grad, {*s, room}, dx, grads);   \
     });                                                                                                                \
   }
 

@@ -43,27 +43,37 @@ struct Linears {
   Parallel parallel;
   int64_t threads;
 
-  void product(const E* x, int64_t m, int64_t in, const float* weight, int64_t out, const float* bias, E* to,
+  struct Lines {  // rows; `places` say which of them, one after the other
+    const E* at;
+    const int32_t* places;
+    Lines(const E* at, const int32_t* places = nullptr) : at(at), places(places) {}
+    products::Factor factor(int64_t width, bool turned = false) const { return {at, width, turned, SINGLE, places}; }
+  };
+
+  void product(Lines x, int64_t m, int64_t in, const float* weight, int64_t out, const float* bias, E* to,
                int act = products::NONE) const {
-    multiply({x, in, 0, SINGLE}, {weight, in, 0, 1}, {to, SINGLE, act, nullptr, bias}, {m, out, in, threads});
+    multiply(x.factor(in), {weight, in, 0, 1}, {to, SINGLE, act, nullptr, bias}, {m, out, in, threads});
   }
 
-  // The same added to `base`, with a factor for each `each` rows if there are factors.
-  void product_onto(const E* base, const E* x, int64_t m, int64_t in, const float* weight, int64_t out, const float* bias,
-                    E* to, const float* factor = nullptr, int64_t each = 1) const {
-    multiply({x, in, 0, SINGLE}, {weight, in, 0, 1}, {to, SINGLE, 0, base, bias, nullptr, factor, each},
+  // `by` times the same added to `base`, to those of its rows that `places` name.
+  void product_onto(const E* base, Lines x, int64_t m, int64_t in, const float* weight, int64_t out, const float* bias,
+                    E* to, const int32_t* places = nullptr, float by = 1.0f) const {
+    multiply(x.factor(in), {weight, in, 0, 1}, {to, SINGLE, 0, base, bias, nullptr, nullptr, places, by},
              {m, out, in, threads});
   }
 
-  // The gradient of what went in.
-  void below(const E* grad, int64_t m, int64_t out, const float* weight, int64_t in, E* to) const {
-    multiply({grad, out, 0, SINGLE}, {weight, in, 1, 1}, {to, SINGLE}, {m, in, out, threads});
+  // The gradient of what went in, times `by`; behind ReLU's slope if there is what that gave.
+  void below(Lines grad, int64_t m, int64_t out, const float* weight, int64_t in, E* to, const E* relu = nullptr,
+             const int32_t* places = nullptr, float by = 1.0f) const {
+    multiply(grad.factor(out), {weight, in, 1, 1}, {to, SINGLE, 0, nullptr, nullptr, nullptr, relu, places, by},
+             {m, in, out, threads});
   }
 
-  // Those of weight and bias; with `add` the weight's is added to what is there.
-  void learn(const E* grad, int64_t m, int64_t out, const E* x, int64_t in, float* weight, float* bias,
-             bool add = false) const {
-    multiply({grad, out, 1, SINGLE}, {x, in, 1, SINGLE}, {weight, 1, 0, add ? weight : nullptr, nullptr, bias}, {out, in, m, threads});
+  // Those of weight, times `by`, and bias; with `add` the weight's is added to what is there.
+  void learn(Lines grad, int64_t m, int64_t out, Lines x, int64_t in, float* weight, float* bias, bool add = false,
+             float by = 1.0f) const {
+    multiply(grad.factor(out, true), x.factor(in, true),
+             {weight, 1, 0, add ? weight : nullptr, nullptr, bias, nullptr, nullptr, by}, {out, in, m, threads});
   }
 
   // `to` += second · act(first · x + bias) + bias2.

@@ -131,6 +131,12 @@ void product(const Factor& a, const Factor& b, const Result& c, const Size& size
   }
 }
 
+// A turned factor from k on.
+template <class E>
+Factor behind(const Factor& f, int64_t k) {
+  return f.places ? Factor{f.at, f.step, 1, f.single, f.places + k} : Factor{f.of<E>(0, k), f.step, 1, f.single, nullptr};
+}
+
 // The same; of the gradient of a small weight each thread has a part, over rows of its own.
 template <class K, class EB>
 void in_parts(const Factor& a, const Factor& b, const Result& c, const Size& size, Parallel parallel) {
@@ -143,19 +149,19 @@ void in_parts(const Factor& a, const Factor& b, const Result& c, const Size& siz
     auto bound = [&](int64_t i) { return i == threads ? k : k * i / threads / K::U * K::U; };
     const int64_t from = bound(t), to = bound(t + 1);
     float* own = parts.get() + t * each;
-    product<K, EB>(Factor{a.of<typename K::E>(0, from), a.step, 1, a.single}, Factor{b.of<EB>(0, from), b.step, 1, b.single},
+    product<K, EB>(behind<typename K::E>(a, from), behind<EB>(b, from),
                    Result{own, 1, NONE, nullptr, nullptr, c.sums ? own + m * n : nullptr}, Size{m, n, to - from, 1}, parallel);
   });
   run(threads, parallel, [&](int t) {
-    auto add_up = [&](const float* own, int64_t count, const float* base, float* to) {
+    auto add_up = [&](const float* own, int64_t count, const float* base, float by, float* to) {
       for (int64_t i = count * t / threads; i < count * (t + 1) / threads; ++i) {
-        float sum = base ? base[i] : 0.0f;
+        float sum = 0.0f;
         for (int s = 0; s < threads; ++s) sum += own[s * each + i];
-        to[i] = sum;
+        to[i] = (base ? base[i] : 0.0f) + sum * by;
       }
     };
-    add_up(parts.get(), m * n, static_cast<const float*>(c.base), static_cast<float*>(c.at));
-    if (c.sums) add_up(parts.get() + m * n, m, nullptr, c.sums);
+    add_up(parts.get(), m * n, static_cast<const float*>(c.base), c.by, static_cast<float*>(c.at));
+    if (c.sums) add_up(parts.get() + m * n, m, nullptr, 1.0f, c.sums);
   });
 }
 

@@ -46,12 +46,17 @@ inline V woven(const E* a, const E* b) {
 // over what is too much of the earlier.
 template <class K, class E, int COUNT>
 void pack_along(const Factor& f, int64_t row, int64_t rows, int64_t k, int64_t words, float* to, int apart) {
+  const E *lines[COUNT], *later[COUNT];
+  for (int i = 0; i < COUNT; ++i) {
+    lines[i] = f.of<E>(std::min(row + i, rows - 1), k);
+    later[i] = f.of<E>(std::min(row + COUNT + i, rows - 1), k);
+  }
   for (int64_t w = 0; w < words; w += LANES) {
     V x[LANES];
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i) {
-      x[i] = i < COUNT && row + i < rows ? taken<K>(f.of<E>(row + i, k + w * K::U)) : set(0.0f);
-      if (i < COUNT) _mm_prefetch(reinterpret_cast<const char*>(f.of<E>(row + COUNT + i, k + w * K::U)), _MM_HINT_T0);
+      x[i] = i < COUNT && row + i < rows ? taken<K>(lines[i % COUNT] + w * K::U) : set(0.0f);
+      if (i < COUNT) _mm_prefetch(reinterpret_cast<const char*>(later[i % COUNT] + w * K::U), _MM_HINT_T0);
     }
     turn(x);
 #pragma GCC unroll 16
@@ -158,30 +163,31 @@ INLINE void tile_of(const float* a, const float* b, int64_t words, int64_t part,
   using E = typename K::E;
   const void* base = again ? c.at : c.base;
   const bool single = c.single || K::U == 1;
-  auto place = [&](int r, int v) { return (row + r) * n + column + v * LANES; };
+  auto place = [&](int r, int v) { return (c.places ? c.places[row + r] : row + r) * n + column + v * LANES; };
+  auto value = [&](const void* p, int r, int v) {
+    return single ? loadu(static_cast<const float*>(p) + place(r, v)) : K::widen(static_cast<const E*>(p) + place(r, v));
+  };
   for (int r = 0; r < rows; ++r)  // lines that are far apart are not foreseen, also where they are only written
     for (int v = 0; v < COUNT; ++v) {
       const int64_t at = place(r, v) * (single ? sizeof(float) : sizeof(E));
       __builtin_prefetch(static_cast<const char*>(c.at) + at);
       if (base && base != c.at) __builtin_prefetch(static_cast<const char*>(base) + at);
+      if (c.mask) __builtin_prefetch(static_cast<const char*>(c.mask) + at);
     }
   V s[HIGH][COUNT];
   sums<K>(a, b, words, part, c.bias ? c.bias + column : nullptr, c.act, ahead, s);
-  if (c.factor)
-    for (int64_t r = 0, of = row / c.each, end = (of + 1) * c.each - row; r < rows; ++r) {
-      if (r == end) ++of, end += c.each;
-      for (int v = 0; v < COUNT; ++v) s[r][v] *= set(c.factor[of]);
-    }
+  if (c.by != 1.0f)
+#pragma GCC unroll 12
+    for (int r = 0; r < HIGH; ++r)
+      for (int v = 0; v < COUNT; ++v) s[r][v] *= set(c.by);
   auto give = [&](int r) {
 #pragma GCC unroll 2
     for (int v = 0; v < COUNT; ++v) {
-      if (single) {
-        const V sum = base ? loadu(static_cast<const float*>(base) + place(r, v)) + s[r][v] : s[r][v];
-        storeu(static_cast<float*>(c.at) + place(r, v), sum);
-      } else {
-        const V sum = base ? K::widen(static_cast<const E*>(base) + place(r, v)) + s[r][v] : s[r][v];
-        K::narrow(static_cast<E*>(c.at) + place(r, v), sum);
-      }
+      V sum = s[r][v];
+      if (c.mask) sum = above(value(c.mask, r, v), sum);
+      if (base) sum += value(base, r, v);
+      single ? storeu(static_cast<float*>(c.at) + place(r, v), sum)
+             : K::narrow(static_cast<E*>(c.at) + place(r, v), sum);
     }
   };
   if (rows == HIGH) {

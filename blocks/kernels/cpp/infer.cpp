@@ -64,7 +64,7 @@ struct Branches : Linears<typename K::E> {
     const conv::Shape filters = s.convolution(s.last ? conv::LAST : 0), shape = s.convolution(conv::RELU);
     folded<Full>(w[CONV], nullptr, norm(NORM1, s.eps1), true, s.dim, 9 * s.each(), r.weight, r.bias, s.threads, parallel);
     need(Call::filters(&filters, r.weight, r.filters, parallel));
-    need(Call::convolve(&shape, x, r.filters, r.bias, r.y, parallel));
+    need(Call::convolve(&shape, x, r.filters, r.bias, nullptr, r.y, parallel));
     return r.y;
   }
 

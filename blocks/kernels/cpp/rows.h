@@ -3,15 +3,6 @@
 constexpr int BLOCK = 32;  // rows
 constexpr int WIDE = 4;    // vectors of a row that are worked on at a time
 
-// `a` where y is above 0, or NaN; and 0 elsewhere: the slope of ReLU, as torch has it.
-inline V above(V y, V a) {
-#if LANES == 16
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NLE_UQ), a);
-#else
-  return _mm256_and_ps(_mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_NLE_UQ), a);
-#endif
-}
-
 // Calls work(first, end, part) for parts of the rows, which are whole blocks; gives their number.
 template <class F>
 int split(int64_t rows, int64_t width, int threads, Parallel parallel, const F& work) {

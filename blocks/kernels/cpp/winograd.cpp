@@ -165,7 +165,8 @@ __attribute__((noinline)) void multiply(const float* a, const float* b, int dept
 }
 
 template <int DEPTH>
-void forward(const Shape& s, const float* map, const float* weight, const float* bias, float* to, Parallel parallel) {
+void forward(const Shape& s, const float* map, const float* weight, const float* bias, const float* base, float* to,
+             Parallel parallel) {
   const int64_t step = int64_t(s.groups) * s.out, size = int64_t(s.in) * s.out;
   strips(s, s.in, false, parallel, [&](const Strip& at, int) {
     const int count = at.rows * s.across(), blocks = (count + HIGH - 1) / HIGH;
@@ -183,21 +184,24 @@ void forward(const Shape& s, const float* map, const float* weight, const float*
       for (int t = 0; t < count; t += HIGH) {
         const float* tile = place(tiles, t, HIGH, s.in);
         const int some = std::min(HIGH, count - t);
-        struct { float* at; bool right, below; } made[HIGH];
+        struct { int64_t at; bool right, below; } made[HIGH];
         for (int r = 0; r < some; ++r) {
           const int64_t row = at.first + (t + r) / s.across(), image = row / s.down();
           const int i = 2 * int(row % s.down()), j = 2 * ((t + r) % s.across());
-          float* first = to + ((image * s.height + i) * s.width + j) * step + int64_t(at.group) * s.out + n;
+          const int64_t first = ((image * s.height + i) * s.width + j) * step + int64_t(at.group) * s.out + n;
           made[r] = {first, j + 1 < s.width, i + 1 < s.height};
           for (int64_t k : {int64_t(0), step, s.width * step, (s.width + 1) * step})  // what is far apart is not foreseen
-            for (int v = 0; v < 2; ++v) __builtin_prefetch(first + k + v * LANES);
+            for (int v = 0; v < 2; ++v) {
+              __builtin_prefetch(to + first + k + v * LANES);
+              if (base) __builtin_prefetch(base + first + k + v * LANES);
+            }
         }
         for (int p = 0; p < POINTS; ++p)
           multiply<DEPTH>(tile + p * HIGH * s.in, w + p * size, s.in, s.out, sums + p * HIGH * WIDE);
         for (int r = 0; r < some; ++r) {
-          float* to = made[r].at;
 #pragma GCC unroll 2
-          for (int v = 0; v < 2; ++v, to += LANES) {
+          for (int v = 0; v < 2; ++v) {
+            const int64_t place = made[r].at + v * LANES;
             V x[4][2];  // Aᵀ m A
 #pragma GCC unroll 4
             for (int a = 0; a < 4; ++a) {
@@ -211,8 +215,9 @@ void forward(const Shape& s, const float* map, const float* weight, const float*
               if (b && !made[r].right) break;
               V top = x[0][b] + x[1][b] + x[2][b] + shift[v], low = x[1][b] - x[2][b] - x[3][b] + shift[v];
               if (s.flags & conv::RELU) top = max(top, set(0.0f)), low = max(low, set(0.0f));
-              storeu(to + b * step, top);
-              if (made[r].below) storeu(to + (s.width + b) * step, low);
+              auto give = [&](V sum, int64_t at) { storeu(to + at, base ? loadu(base + at) + sum : sum); };
+              give(top, place + b * step);
+              if (made[r].below) give(low, place + (s.width + b) * step);
             }
           }
         }
@@ -271,12 +276,12 @@ int conv_filters(const conv::Shape* s, const float* weight, float* to, Parallel 
   return guarded([&] { filters(weight, *s, to, parallel); });
 }
 
-int conv_forward(const conv::Shape* s, const float* map, const float* filters, const float* bias, float* to,
-                 Parallel parallel) {
+int conv_forward(const conv::Shape* s, const float* map, const float* filters, const float* bias, const float* base,
+                 float* to, Parallel parallel) {
   return guarded([&] {
     const Shape shape{*s};
-    s->in == 32 ? forward<32>(shape, map, filters, bias, to, parallel)
-                : forward<0>(shape, map, filters, bias, to, parallel);
+    s->in == 32 ? forward<32>(shape, map, filters, bias, base, to, parallel)
+                : forward<0>(shape, map, filters, bias, base, to, parallel);
   });
 }
 

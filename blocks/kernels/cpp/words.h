@@ -57,6 +57,15 @@ struct Half {
 };
 #endif
 
+// `a` where y is above 0, or NaN; and 0 elsewhere: the slope of ReLU, as torch has it.
+inline V above(V y, V a) {
+#if LANES == 16
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NLE_UQ), a);
+#else
+  return _mm256_and_ps(_mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_NLE_UQ), a);
+#endif
+}
+
 // LANES vectors: rows become columns.
 inline void turn(V* x) {
 #if LANES == 16
