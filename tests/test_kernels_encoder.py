@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from blocks import residual
 from blocks.attention import Attention
 from blocks.base import Features, Grid, Site, Words, linear
 from blocks.gates import SigmoidGate
@@ -139,6 +141,27 @@ def test_an_encoder(case: str, dtype: torch.dtype, form: str, monkeypatch: pytes
     parts, calls = given(block, 17), watched(monkeypatch)
     compare(block, parts, dtype is LOW, monkeypatch)
     assert calls[:2] == ["encoder_forward", "encoder_backward"]
+
+
+@pytest.mark.parametrize("which", [{0}, {1}, {0, 1}])
+@pytest.mark.parametrize("case", ["tokens", "bias", "two alone"])
+def test_branches_of_which_all_samples_are_dropped(case: str, which: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is done for them, and what was in memory does not come through."""
+    need("encoder_forward", FULL)
+    block = encoder(**{**CASES[case], "drop_path": 0.4}).train()
+    monkeypatch.setattr(products, "preferred", lambda dtype: True)
+    drawn = itertools.count()
+    monkeypatch.setattr(
+        residual, "kept", lambda x, rate: x.new_full((len(x), 1, 1), 0.0 if next(drawn) % 2 in which else 2.0)
+    )
+    monkeypatch.setattr(native, "space", lambda size: torch.full((size,), 255, dtype=torch.uint8))  # not a number
+    calls = watched(monkeypatch)
+    parts = given(block, 17)
+    found = whole(block, parts)
+    assert calls == ["encoder_forward", "encoder_backward"]
+    exact = whole(copy.deepcopy(block).double(), [t.detach().double().requires_grad_() for t in parts])
+    for got, want in zip(found, exact, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [FULL, LOW])

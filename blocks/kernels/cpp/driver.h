@@ -51,15 +51,17 @@ struct Linears {
   };
 
   void product(Lines x, int64_t m, int64_t in, const float* weight, int64_t out, const float* bias, E* to,
-               int act = products::NONE) const {
-    multiply(x.factor(in), {weight, in, 0, 1}, {to, SINGLE, act, nullptr, bias}, {m, out, in, threads});
+               int act = products::NONE, const int32_t* places = nullptr) const {
+    multiply(x.factor(in), {weight, in, 0, 1}, {to, SINGLE, act, nullptr, bias, nullptr, nullptr, places},
+             {m, out, in, threads});
   }
 
   // `by` times the same added to `base`, to those of its rows that `places` name.
-  void product_onto(const E* base, Lines x, int64_t m, int64_t in, const float* weight, int64_t out, const float* bias,
-                    E* to, const int32_t* places = nullptr, float by = 1.0f) const {
-    multiply(x.factor(in), {weight, in, 0, 1}, {to, SINGLE, 0, base, bias, nullptr, nullptr, places, by},
-             {m, out, in, threads});
+  template <class To>
+  void product_onto(const To* base, Lines x, int64_t m, int64_t in, const float* weight, int64_t out, const float* bias,
+                    To* to, const int32_t* places = nullptr, float by = 1.0f) const {
+    multiply(x.factor(in), {weight, in, 0, 1},
+             {to, sizeof(To) == sizeof(float), 0, base, bias, nullptr, nullptr, places, by}, {m, out, in, threads});
   }
 
   // The gradient of what went in, times `by`; behind ReLU's slope if there is what that gave.

@@ -8,6 +8,7 @@ namespace {
 
 #include "words.h"
 #include "driver.h"
+#include "kept.h"
 
 struct Shape {  // as in encoder.py
   int64_t batch, count, rows;  // samples, tokens of each, and how many of these are wanted: the first
@@ -28,7 +29,7 @@ template <class K>
 struct Encoder : Linears<typename K::E> {
   using typename Linears<typename K::E>::E;
   using typename Linears<typename K::E>::Call;
-  using Linears<E>::below, Linears<E>::learn, Linears<E>::parallel, Linears<E>::product;
+  using Linears<E>::below, Linears<E>::learn, Linears<E>::parallel, Linears<E>::product, Linears<E>::product_onto;
 
   const Shape& s;
   const float* const* w;  // the parameters, in the order above; without a bias null
@@ -110,21 +111,29 @@ struct Encoder : Linears<typename K::E> {
     return {reinterpret_cast<char*>(x), s.rows * s.dim, s.dim, s.dim / s.heads};
   }
 
-  attention::Shape attention() const {
+  attention::Shape attention(const Samples& kept) const {
     const int d = s.dim / s.heads;
-    return {s.batch, s.heads, int32_t(s.rows), int32_t(s.count), d, s.threads, float(1.0 / std::sqrt(double(d)))};
+    return {kept.rows / kept.each, s.heads, int32_t(s.rows), int32_t(s.count), d, s.threads, float(1.0 / std::sqrt(double(d)))};
   }
 
-  // Up to what the attention's branch gives. `first`, `stream`: room for the tokens that are wanted, if not all are.
-  // Gives where these lie.
-  const float* attend(const float* x, float* stats, E* normed, E* first, float* stream, E* qkv, float* softmax, E* seen,
-                      E* branch) const {
+  // Samples whose attention is kept: all where some tokens alone are wanted.
+  Samples attended(const float* keep) const { return {s.whole() ? keep : nullptr, s.batch, s.rows}; }
+
+  // Up to what the attention's branch gives, 0 for samples that are dropped. `first`, `stream`: room for the tokens that
+  // are wanted, if not all are. Gives where these lie.
+  const float* attend(const float* x, const Samples& kept, float* stats, E* normed, E* first, float* stream, E* qkv,
+                      float* softmax, E* seen, E* branch) const {
     const int64_t all = s.all(), some = s.some(), dim = s.dim;
+    const int32_t* at = kept.from(0);
+    kept.others(s.batch, [&](int64_t row, int64_t end) {
+      std::memset(branch + row * dim, 0, (end - row) * dim * sizeof(E));
+    });
     const norm::Shape every = tokens(s.count, s.eps1);
     need(Call::norm(&every, x, nullptr, nullptr, w[NORM1_W], w[NORM1_B], nullptr, stats, normed, parallel));
+    if (!kept.rows) return x;
     const float *weight = w[QKV_W], *bias = w[QKV_B];
     if (s.whole()) {
-      product(normed, all, dim, weight, 3 * dim, bias, qkv);
+      product({normed, at}, kept.rows, dim, weight, 3 * dim, bias, qkv);
     } else {
       gather(normed, first), gather(x, stream);
       product(first, some, dim, weight, dim, bias, qkv);
@@ -132,84 +141,121 @@ struct Encoder : Linears<typename K::E> {
     }
     attention::Rows rows[4];
     places(qkv, rows), rows[3] = heads(seen);
-    const attention::Shape shape = attention();
+    const attention::Shape shape = attention(kept);
     need(Call::attend(&shape, rows, softmax, parallel));
-    product(seen, some, dim, w[PROJ_W], dim, w[PROJ_B], branch);
+    product(seen, kept.rows, dim, w[PROJ_W], dim, w[PROJ_B], branch, products::NONE, at);
     return s.whole() ? x : stream;
   }
 
   void forward(const float* x, const float* first, const float* second, const Kept& k, const Forward& f,
                float* out) const {
-    const int64_t some = s.some(), dim = s.dim;
+    const int64_t dim = s.dim;
     const norm::Shape wanted = tokens(s.rows, s.eps2);
-    const float* stream = attend(x, k.stats1, f.normed, f.first, f.stream, k.qkv, k.softmax, k.seen, f.branch);
+    const float* stream =
+        attend(x, attended(first), k.stats1, f.normed, f.first, f.stream, k.qkv, k.softmax, k.seen, f.branch);
     need(Call::norm(&wanted, stream, f.branch, first, w[NORM2_W], w[NORM2_B], k.stream, k.stats2, f.normed, parallel));
-    product(f.normed, some, dim, w[FC1_W], s.hidden, w[FC1_B], k.hidden);
-    need(Call::activate(k.hidden, nullptr, f.active, some * s.hidden, s.threads, parallel));
-    product(f.active, some, s.hidden, w[FC2_W], dim, w[FC2_B], f.branch);
-    need(Call::norm(&wanted, k.stream, f.branch, second, nullptr, nullptr, out, nullptr, nullptr, parallel));
+    const Samples kept(second, s.batch, s.rows);
+    const int32_t* at = kept.from(0);
+    if (kept.rows) {
+      product({f.normed, at}, kept.rows, dim, w[FC1_W], s.hidden, w[FC1_B], k.hidden);
+      need(Call::activate(k.hidden, nullptr, f.active, kept.rows * s.hidden, s.threads, parallel));
+      product_onto(k.stream, f.active, kept.rows, s.hidden, w[FC2_W], dim, w[FC2_B], out, at, kept.by);
+    }
+    kept.others(s.batch, [&](int64_t row, int64_t end) {
+      std::memcpy(out + row * dim, k.stream + row * dim, (end - row) * dim * sizeof(float));
+    });
   }
 
   void infer(const float* x, const Inference& i, float* out) const {
     const int64_t some = s.some(), dim = s.dim;
     const norm::Shape wanted = tokens(s.rows, s.eps2);
-    const float* stream = attend(x, i.stats, i.normed, i.first, i.stream, i.qkv, i.softmax, i.seen, i.branch);
+    const float* stream =
+        attend(x, attended(nullptr), i.stats, i.normed, i.first, i.stream, i.qkv, i.softmax, i.seen, i.branch);
     need(Call::norm(&wanted, stream, i.branch, nullptr, w[NORM2_W], w[NORM2_B], out, i.stats, i.normed, parallel));
     if (s.layers)
       return this->two(i.normed, some, dim, w[FC1_W], w[FC1_B], products::GELU, s.hidden, w[FC2_W], w[FC2_B], dim, out);
     for (int64_t pieces = (some + PIECE - 1) / PIECE, piece = 0; piece < pieces; ++piece) {
       const int64_t at = some * piece / pieces, rows = some * (piece + 1) / pieces - at;
+      float* own = out + at * dim;
       product(i.normed + at * dim, rows, dim, w[FC1_W], s.hidden, w[FC1_B], i.hidden, products::GELU);
-      product(i.hidden, rows, s.hidden, w[FC2_W], dim, w[FC2_B], i.branch + at * dim);
+      product_onto(own, i.hidden, rows, s.hidden, w[FC2_W], dim, w[FC2_B], own);
     }
-    need(Call::norm(&wanted, out, i.branch, nullptr, nullptr, nullptr, out, nullptr, nullptr, parallel));
   }
 
   // `g`: where the gradients of the parameters go. That of a norm's bias lies behind that of its weight.
   void backward(const float* x, const float* first, const float* second, const Kept& k, const float* grad,
                 const Backward& b, float* dx, float* const* g) const {
-    const int64_t all = s.all(), some = s.some(), dim = s.dim;
+    const int64_t dim = s.dim;
     const norm::Shape every = tokens(s.count), wanted = tokens(s.rows);
-    const E* branch = b.branch;
-    if constexpr (sizeof(E) == sizeof(float)) branch = second ? branch : grad;
-    if (branch == b.branch) need(Call::scale(&wanted, grad, second, b.branch, parallel));
-    below(branch, some, dim, w[FC2_W], s.hidden, b.hidden);
-    need(Call::activate(k.hidden, b.hidden, b.active, some * s.hidden, s.threads, parallel));
-    learn(branch, some, dim, b.active, s.hidden, g[FC2_W], g[FC2_B]);
+    auto nothing = [&](int at, int64_t out, int64_t in) {
+      std::memset(g[at], 0, out * in * sizeof(float));
+      if (g[at + 1]) std::memset(g[at + 1], 0, out * sizeof(float));
+    };
+    auto no_gradient = [&](int64_t row, int64_t end) {
+      std::memset(b.below + row * dim, 0, (end - row) * dim * sizeof(E));
+    };
+    const E* given = b.branch;
+    if constexpr (sizeof(E) == sizeof(float)) {
+      given = grad;
+    } else {
+      need(Call::scale(&wanted, grad, nullptr, b.branch, parallel));
+    }
     need(Call::norm_again(&wanted, k.stream, w[NORM2_W], w[NORM2_B], k.stats2, b.normed, parallel));
-    learn(b.hidden, some, s.hidden, b.normed, dim, g[FC1_W], g[FC1_B]);
-    below(b.hidden, some, s.hidden, w[FC1_W], dim, b.below);
+    const Samples kept(second, s.batch, s.rows);
+    if (const int32_t* at = kept.from(0); kept.rows) {
+      below({given, at}, kept.rows, dim, w[FC2_W], s.hidden, b.hidden, nullptr, nullptr, kept.by);
+      need(Call::activate(k.hidden, b.hidden, b.active, kept.rows * s.hidden, s.threads, parallel));
+      learn({given, at}, kept.rows, dim, b.active, s.hidden, g[FC2_W], g[FC2_B], false, kept.by);
+      for (int64_t i = 0; g[FC2_B] && i < dim; ++i) g[FC2_B][i] *= kept.by;
+      learn(b.hidden, kept.rows, s.hidden, {b.normed, at}, dim, g[FC1_W], g[FC1_B]);
+      below(b.hidden, kept.rows, s.hidden, w[FC1_W], dim, b.below, nullptr, at);
+    } else {
+      nothing(FC1_W, s.hidden, dim), nothing(FC2_W, dim, s.hidden);
+    }
+    kept.others(s.batch, no_gradient);
     need(Call::norm_back(&wanted, k.stream, w[NORM2_W], k.stats2, b.below, grad, first, b.stream, b.branch, b.parts,
                          g[NORM2_W], parallel));
-    learn(b.branch, some, dim, k.seen, dim, g[PROJ_W], g[PROJ_B]);
-    below(b.branch, some, dim, w[PROJ_W], dim, b.seen);
-    attention::Rows rows[7];
-    places(k.qkv, rows), rows[3] = heads(b.seen), places(b.qkv, rows + 4);
-    const attention::Shape shape = attention();
-    need(Call::attend_back(&shape, rows, k.softmax, parallel));
-    need(Call::norm_again(&every, x, w[NORM1_W], w[NORM1_B], k.stats1, b.normed, parallel));
-    float *qkv = g[QKV_W], *bias = g[QKV_B];
-    if (s.whole()) {
-      learn(b.qkv, all, 3 * dim, b.normed, dim, qkv, bias);
-      below(b.qkv, all, 3 * dim, w[QKV_W], dim, b.below);
-    } else {
-      const E* kv = b.qkv + some * dim;
-      E* queries = b.first + some * dim;
-      gather(b.normed, b.first);
-      learn(b.qkv, some, dim, b.first, dim, qkv, bias);
-      learn(kv, all, 2 * dim, b.normed, dim, qkv + dim * dim, bias ? bias + dim : nullptr);
-      below(b.qkv, some, dim, w[QKV_W], dim, queries);
-      below(kv, all, 2 * dim, w[QKV_W] + dim * dim, dim, b.below);
-      each([&](int64_t at, int64_t own) {  // the gradients that the queries' tokens have besides
-        for (int64_t i = 0; i < s.rows * dim; i += LANES)
-          K::narrow(b.below + at + i, K::widen(b.below + at + i) + K::widen(queries + own + i));
-      });
-    }
+    attend_back(x, attended(first), k, b, g, nothing, no_gradient);
     need(Call::norm_back(&every, x, w[NORM1_W], k.stats1, b.below, s.whole() ? b.stream : nullptr, nullptr, dx, nullptr,
                          b.parts, g[NORM1_W], parallel));
     if (s.whole()) return;
     each([&](int64_t at, int64_t own) {
       for (int64_t i = 0; i < s.rows * dim; i += LANES) storeu(dx + at + i, loadu(dx + at + i) + loadu(b.stream + own + i));
+    });
+  }
+
+  // From the gradient of the attention's branch to that of what its norm gives.
+  template <class Nothing, class NoGradient>
+  void attend_back(const float* x, const Samples& kept, const Kept& k, const Backward& b, float* const* g,
+                   const Nothing& nothing, const NoGradient& no_gradient) const {
+    const int64_t all = s.all(), some = s.some(), dim = s.dim;
+    kept.others(s.batch, no_gradient);
+    if (!kept.rows) return nothing(QKV_W, 3 * dim, dim), nothing(PROJ_W, dim, dim);
+    const norm::Shape every = tokens(s.count);
+    const int32_t* at = kept.from(0);
+    learn({b.branch, at}, kept.rows, dim, k.seen, dim, g[PROJ_W], g[PROJ_B]);
+    below({b.branch, at}, kept.rows, dim, w[PROJ_W], dim, b.seen);
+    attention::Rows rows[7];
+    places(k.qkv, rows), rows[3] = heads(b.seen), places(b.qkv, rows + 4);
+    const attention::Shape shape = attention(kept);
+    need(Call::attend_back(&shape, rows, k.softmax, parallel));
+    need(Call::norm_again(&every, x, w[NORM1_W], w[NORM1_B], k.stats1, b.normed, parallel));
+    float *qkv = g[QKV_W], *bias = g[QKV_B];
+    if (s.whole()) {
+      learn(b.qkv, kept.rows, 3 * dim, {b.normed, at}, dim, qkv, bias);
+      below(b.qkv, kept.rows, 3 * dim, w[QKV_W], dim, b.below, nullptr, at);
+      return;
+    }
+    const E* kv = b.qkv + some * dim;
+    E* queries = b.first + some * dim;
+    gather(b.normed, b.first);
+    learn(b.qkv, some, dim, b.first, dim, qkv, bias);
+    learn(kv, all, 2 * dim, b.normed, dim, qkv + dim * dim, bias ? bias + dim : nullptr);
+    below(b.qkv, some, dim, w[QKV_W], dim, queries);
+    below(kv, all, 2 * dim, w[QKV_W] + dim * dim, dim, b.below);
+    each([&](int64_t at, int64_t own) {  // the gradients that the queries' tokens have besides
+      for (int64_t i = 0; i < s.rows * dim; i += LANES)
+        K::narrow(b.below + at + i, K::widen(b.below + at + i) + K::widen(queries + own + i));
     });
   }
 };
