@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from blocks.kernels import native
 from framework.ablation.launch import local
 from framework.ablation.launch.local import Local
 from framework.ablation.state import Status, read_status, write_status
@@ -64,6 +65,16 @@ def test_two_at_a_time_overlap_and_each_has_its_process(tmp_path):
     assert third["start"] >= min(first["end"], second["end"])
     assert len({first["pid"], second["pid"], third["pid"], os.getpid()}) == 4
     assert (tmp_path / "slow1" / "log.txt").read_text() == "hello from slow1\n"
+
+
+@pytest.mark.parametrize("devices", [[], ["0"]])
+def test_the_kernels_are_built_before_the_first_run(tmp_path, monkeypatch, devices):
+    """Here, where one sees it; and not where the runs have GPUs."""
+    asked = []
+    monkeypatch.setattr(local, "devices", lambda: devices)
+    monkeypatch.setattr(native, "library", lambda: asked.append([path.name for path in tmp_path.rglob("log.txt")]))
+    run_local(tmp_path, ["fast0", "fast1"], finish)
+    assert asked == ([] if devices else [[]])
 
 
 def test_what_dies_is_failed_with_its_reason(tmp_path):

@@ -68,6 +68,10 @@ class Local(Launcher):
         self.jobs: list[_Job] = []
         start_server()
         with terminate_as_interrupt():
+            if not self.devices:
+                from blocks.kernels.native import library  # here, because it imports torch
+
+                library()  # where it must be built, that is said here rather than in the log of the first runs
             yield
 
     def room(self) -> int:
