@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from blocks.kernels import native
 from framework.ablation.launch import local
 from framework.ablation.launch.local import Local
 from framework.ablation.state import Status, read_status, write_status
@@ -72,7 +71,9 @@ def test_the_kernels_are_built_before_the_first_run(tmp_path, monkeypatch, devic
     """Here, where one sees it; and not where the runs have GPUs."""
     asked = []
     monkeypatch.setattr(local, "devices", lambda: devices)
-    monkeypatch.setattr(native, "library", lambda: asked.append([path.name for path in tmp_path.rglob("log.txt")]))
+    monkeypatch.setattr(
+        "blocks.kernels.native.library", lambda: asked.append([path.name for path in tmp_path.rglob("log.txt")])
+    )
     run_local(tmp_path, ["fast0", "fast1"], finish)
     assert asked == ([] if devices else [[]])
 
