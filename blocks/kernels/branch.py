@@ -1,8 +1,8 @@
 """Training of a residual branch of batch norm, Linear, ReLU and Linear, as one function with its own backward pass.
 
-Each pass is one call (`cpp/branch.cpp`). The norm's scale and shift are put into the first Linear, so that what it
-gives is never written down; gradients between the two layers are made and used up in pieces. For the backward pass it
-keeps its input and what ReLU gave.
+Each pass is one call (`cpp/branch.cpp`). Of samples that stochastic depth drops, the norm knows, and nothing behind it.
+The norm's scale and shift are put into the first Linear, so that what it gives is never written down; gradients between
+the two layers are made and used up in pieces. For the backward pass it keeps its input and what ReLU gave.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Training of a residual branch of 3×3 convolution in groups, batch norm, ReLU and Linear, as one function with its own
-backward pass.
+"""Training of a residual branch of convolution, batch norm, ReLU and Linear, as one function with its own backward.
 
-Each pass is one call (`cpp/conv_branch.cpp`). For the backward pass it keeps its input, and what the convolution and
-ReLU gave.
+Each pass is one call (`cpp/conv_branch.cpp`). Of samples that stochastic depth drops, the norm knows, and nothing after
+it. For the backward pass it keeps its input, and what the convolution and ReLU gave.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def conv_branch(residual: Residual, x: Tensor, grid: Grid, conv: Convolution, la
         return None
     batch_norm.count(bn)
     keep = residual.factor(x)
-    settings = (len(x), *grid, first.groups, torch.get_num_threads(), x.shape[2], last, 0, bn.eps, bn.momentum)
+    settings = (len(x), *grid, first.groups, torch.get_num_threads(), x.shape[2], last, bn.eps, bn.momentum)
     made = _ConvBranch.apply(x, *parts, bn.running_mean, bn.running_var, keep, settings)
     torch.autograd.graph.increment_version((bn.running_mean, bn.running_var))
     return made
@@ -59,8 +58,7 @@ class Shape(ctypes.Structure):
     _fields_ = [
         ("batch", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("height", "width", "groups", "threads")),
-        ("dim", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("last", "spare")),
+        *((name, ctypes.c_int64) for name in ("dim", "last")),
         *((name, ctypes.c_double) for name in ("eps", "momentum")),
     ]
 
@@ -98,7 +96,7 @@ class _ConvBranch(torch.autograd.Function):
         x, *parts, keep, kept = ctx.saved_tensors
         settings, rest = ctx.settings, 4 * (None,)
         if torch.is_grad_enabled():  # these gradients will be differentiated in turn
-            grid, groups, eps = settings[1:3], settings[3], settings[8]
+            grid, groups, eps = settings[1:3], settings[3], settings[7]
             with torch.autocast("cpu", enabled=False):
                 needed = [t for t, need in zip((x, *parts), ctx.needs_input_grad, strict=False) if need]
                 made = _plain(x, parts, keep, grid, groups, eps)

@@ -35,7 +35,6 @@ def two_layers(
     weight2: Tensor,
     bias2: Tensor | None,
     act: str,
-    onto: Tensor | None = None,
 ) -> Tensor | None:
     """`F.linear(act(F.linear(x, weight, bias)), weight2, bias2)`; None where the kernel does not serve or gain.
 
@@ -44,9 +43,8 @@ def two_layers(
         weight: of the first layer, float32 or as the products; `weight2` of the second.
         bias: of the first layer; `bias2` of the second.
         act: "relu" or "gelu".
-        onto: contiguous rows of this or more precision, to which the result is added in place; they may be `x` itself.
     """
-    if torch.is_grad_enabled() or not eager(x, weight, bias, weight2, bias2, onto):
+    if torch.is_grad_enabled() or not eager(x, weight, bias, weight2, bias2):
         return None
     dtype, (hidden, inp), out = precision(x), weight.shape, weight2.shape[0]
     low = dtype is torch.bfloat16
@@ -62,9 +60,9 @@ def two_layers(
         return None
     if not (rows.stride(1) == weight.stride(1) == weight2.stride(1) == 1):
         return None
-    made = rows.new_empty(len(rows), out, dtype=dtype) if onto is None else onto.view(-1, out)
+    made = rows.new_empty(len(rows), out, dtype=dtype)
     biases = [None if b is None else b.float().contiguous() for b in (bias, bias2)]
-    result = Result.of(made, act, onto, biases[1])
+    result = Result.of(made, act, None, biases[1])
     size = Size(len(rows), inp, hidden, out, torch.get_num_threads())
     native.run("two_layers", dtype, Factor.of(rows), Factor.of(weight), biases[0], Factor.of(weight2), result, size)
-    return made.view(*x.shape[:-1], out) if onto is None else onto
+    return made.view(*x.shape[:-1], out)

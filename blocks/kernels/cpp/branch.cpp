@@ -154,7 +154,8 @@ void room(const Shape& s, int64_t* bytes) {
                           Parallel parallel) {                                                                        \
     Arena room{work};                                                                                                 \
     return guarded([&] {                                                                                              \
-      Branch<K>{{parallel, s->threads}, *s, layers, {*s, moments, folded}, {keep, s->batch, s->each}}.forward(x, hidden, {*s, room}, out); \
+      const Samples kept(keep, s->batch, s->each);                                                                    \
+      Branch<K>{{parallel, s->threads}, *s, layers, {*s, moments, folded}, kept}.forward(x, hidden, {*s, room}, out); \
     });                                                                                                               \
   }                                                                                                                   \
   int branch_backward##END(const Shape* s, const K::E* x, const float* const* layers, const double* moments,          \
@@ -162,7 +163,8 @@ void room(const Shape& s, int64_t* bytes) {
                            K::E* dx, float* const* grads, Parallel parallel) {                                        \
     Arena room{work};                                                                                                 \
     return guarded([&] {                                                                                              \
-      Branch<K>{{parallel, s->threads}, *s, layers, {*s, moments, folded}, {keep, s->batch, s->each}}.backward(x, hidden, grad,            \
+      const Samples kept(keep, s->batch, s->each);                                                                    \
+      Branch<K>{{parallel, s->threads}, *s, layers, {*s, moments, folded}, kept}.backward(x, hidden, grad,            \
                                                                                           {*s, room}, dx, grads);     \
     });                                                                                                               \
   }

@@ -49,8 +49,8 @@ namespace products {
 struct Factor {  // as in products.py: element (row, k) lies at row · step + k, or turned at k · step + row
   const void* at;
   int64_t step;
-  int32_t turned, single;    // single: float32, whatever the kind
-  const int32_t* places;     // which row, or turned which k, stands in memory for each; or null for itself
+  int32_t turned, single;  // single: float32, whatever the kind
+  const int32_t* places;   // which row of memory, or turned which k, each is; or null for itself
 
   int64_t place(int64_t i) const { return places ? places[i] : i; }
   template <class E>
@@ -64,10 +64,10 @@ struct Result {
   int32_t single, act;
   const void* base;  // to which it is added, as `at` in all: that itself, or other memory; or null
   const float* bias;
-  float* sums;  // of the rows of the first factor, which is turned
-  const void* mask;       // as `at`: where it is not above 0 there is no product; or null
-  const int32_t* places;  // of the rows, as of a factor's
-  float by = 1.0f;        // a factor on all, but on sums
+  float* sums;            // of the rows of the first factor, which is turned
+  const void* mask;       // as `at` in all: where it is not above 0, nor is the product; or null
+  const int32_t* places;  // of the rows, as a factor's
+  float by = 1.0f;        // what all is multiplied by, but for sums
 };
 
 struct Size {
@@ -91,6 +91,7 @@ struct Shape {  // as in conv.py; `in` and `out` of a group
 
 enum { RELU = 1 };              // flags of a convolution: what comes behind it
 enum { TURNED = 1, LAST = 2 };  // and of filters: for the way back; channels in lie side by side in the weight
+constexpr int POINTS = 16;      // numbers that a filter becomes, at most
 
 }  // namespace conv
 

@@ -11,8 +11,7 @@ namespace {
 struct Shape {  // as in conv_branch.py
   int64_t batch;
   int32_t height, width, groups, threads;
-  int64_t dim;
-  int32_t last, spare;  // whether channels in lie side by side in the convolution's weight
+  int64_t dim, last;  // last: whether channels in lie side by side in the convolution's weight
   double eps, momentum;
 
   int64_t each() const { return int64_t(height) * width; }
@@ -21,8 +20,6 @@ struct Shape {  // as in conv_branch.py
   int32_t group() const { return int32_t(dim / groups); }
   conv::Shape convolution(int flags) const { return {batch, height, width, groups, group(), group(), threads, flags}; }
 };
-
-constexpr int POINTS = 16;  // numbers that a filter becomes, at most
 
 enum { CONV, SCALE, SHIFT, PROJ };
 
@@ -47,14 +44,14 @@ struct ConvBranch : Linears<typename K::E> {
 
   struct Forward {  // room
     float* filters;
-    Forward(const Shape& s, Arena& arena) : filters(arena.take<float>(POINTS * s.dim * s.group())) {}
+    Forward(const Shape& s, Arena& arena) : filters(arena.take<float>(conv::POINTS * s.dim * s.group())) {}
   };
 
   struct Backward {  // room
     float *filters, *weight;
     E* below;
     Backward(const Shape& s, Arena& arena)
-        : filters(arena.take<float>(POINTS * s.dim * s.group())), weight(arena.take<float>(9 * s.dim * s.group())),
+        : filters(arena.take<float>(conv::POINTS * s.dim * s.group())), weight(arena.take<float>(9 * s.dim * s.group())),
           below(arena.take<E>(s.size())) {}
   };
 
@@ -123,23 +120,25 @@ void room(const Shape& s, int64_t* bytes) {
 // Channels of a group are multiples of 32. `kept`, `work`: of as many bytes as conv_branch_room says for what the forward
 // pass keeps, and for the work of each pass. `keep`: what the branch of each sample is multiplied by, 0 or one number; or
 // null. Each gives 0, or 1 where memory ran out.
-#define FUNCTIONS(K, END)                                                                                              \
-  int conv_branch_room##END(const Shape* s, int64_t* bytes, Parallel) { return room<K>(*s, bytes), 0; }                \
-  int conv_branch_forward##END(const Shape* s, const K::E* x, const float* const* params, float* mean,                 \
-                               float* variance, const float* keep, char* kept, char* work, K::E* out,                  \
-                               Parallel parallel) {                                                                    \
-    Arena stays{kept}, room{work};                                                                                     \
-    return guarded([&] {                                                                                               \
-      ConvBranch<K>{{parallel, s->threads}, *s, params, {keep, s->batch, s->each()}}.forward(x, mean, variance, {*s, stays}, {*s, room}, out);\
-    });                                                                                                                \
-  }                                                                                                                    \
-  int conv_branch_backward##END(const Shape* s, const K::E* x, const float* const* params, const float* keep,          \
-                                char* kept, const K::E* grad, char* work, K::E* dx, float* const* grads,               \
-                                Parallel parallel) {                                                                   \
-    Arena stays{kept}, room{work};                                                                                     \
-    return guarded([&] {                                                                                               \
-      ConvBranch<K>{{parallel, s->threads}, *s, params, {keep, s->batch, s->each()}}.backward(x, {*s, stays}, grad, {*s, room}, dx, grads);   \
-    });                                                                                                                \
+#define FUNCTIONS(K, END)                                                                                         \
+  int conv_branch_room##END(const Shape* s, int64_t* bytes, Parallel) { return room<K>(*s, bytes), 0; }           \
+  int conv_branch_forward##END(const Shape* s, const K::E* x, const float* const* params, float* mean,            \
+                               float* variance, const float* keep, char* kept, char* work, K::E* out,             \
+                               Parallel parallel) {                                                               \
+    Arena stays{kept}, room{work};                                                                                \
+    return guarded([&] {                                                                                          \
+      const ConvBranch<K> branch{{parallel, s->threads}, *s, params, {keep, s->batch, s->each()}};                \
+      branch.forward(x, mean, variance, {*s, stays}, {*s, room}, out);                                            \
+    });                                                                                                           \
+  }                                                                                                               \
+  int conv_branch_backward##END(const Shape* s, const K::E* x, const float* const* params, const float* keep,     \
+                                char* kept, const K::E* grad, char* work, K::E* dx, float* const* grads,          \
+                                Parallel parallel) {                                                              \
+    Arena stays{kept}, room{work};                                                                                \
+    return guarded([&] {                                                                                          \
+      const ConvBranch<K> branch{{parallel, s->threads}, *s, params, {keep, s->batch, s->each()}};                \
+      branch.backward(x, {*s, stays}, grad, {*s, room}, dx, grads);                                               \
+    });                                                                                                           \
   }
 
 extern "C" {

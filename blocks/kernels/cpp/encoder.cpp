@@ -1,6 +1,7 @@
 // The textbook encoder, forward and backward, by the kernels of norm, products, attention and GELU: one call for all.
 //
-// It adds nothing to what they do, but a small net loses a third of its time between them where each is called alone.
+// It adds nothing to what they do, but a small net loses a third of its time between them where each is called alone. In
+// training a branch is not computed for samples that stochastic depth drops.
 
 #include "calls.h"
 
@@ -113,7 +114,8 @@ struct Encoder : Linears<typename K::E> {
 
   attention::Shape attention(const Samples& kept) const {
     const int d = s.dim / s.heads;
-    return {kept.rows / kept.each, s.heads, int32_t(s.rows), int32_t(s.count), d, s.threads, float(1.0 / std::sqrt(double(d)))};
+    const float scale = float(1.0 / std::sqrt(double(d)));
+    return {kept.rows / kept.each, s.heads, int32_t(s.rows), int32_t(s.count), d, s.threads, scale};
   }
 
   // Samples whose attention is kept: all where some tokens alone are wanted.
@@ -220,7 +222,8 @@ struct Encoder : Linears<typename K::E> {
                          b.parts, g[NORM1_W], parallel));
     if (s.whole()) return;
     each([&](int64_t at, int64_t own) {
-      for (int64_t i = 0; i < s.rows * dim; i += LANES) storeu(dx + at + i, loadu(dx + at + i) + loadu(b.stream + own + i));
+      for (int64_t i = 0; i < s.rows * dim; i += LANES)
+        storeu(dx + at + i, loadu(dx + at + i) + loadu(b.stream + own + i));
     });
   }
 

@@ -1,6 +1,6 @@
-// The branches of a convolutional block without gradients, several in one call: a 3×3 convolution in groups with a batch
-// norm and ReLU behind it, a Linear whose result is added to what came in, and an MLP with a batch norm in front of it,
-// added in its turn. It adds nothing to what the kernels do, but between their calls one thread alone is at work.
+// The branches of a convolutional block without gradients, several in one call: a 3×3 convolution in groups, batch norm,
+// ReLU and a Linear, whose result is added to what came in; and batch norm and an MLP, added in their turn. It adds
+// nothing to what the kernels do, but between their calls one thread alone is at work.
 
 #include "calls.h"
 
@@ -26,7 +26,6 @@ struct Shape {  // as in infer.py
 };
 
 constexpr int64_t PIECE = 2048;  // rows of an MLP at a time, so that what is within stays in the cache
-constexpr int POINTS = 16;       // numbers that a filter becomes, at most
 
 // A norm's parameters: weight, bias, mean and variance.
 enum { CONV, NORM1, PROJ_W = NORM1 + 4, PROJ_B, NORM2, FC1_W = NORM2 + 4, FC1_B, FC2_W, FC2_B };
@@ -48,7 +47,7 @@ struct Branches : Linears<typename K::E> {
           hidden(arena.take<E>(s.layers ? 0 : std::min(s.rows(), PIECE) * s.hidden)),
           normed(arena.take<E>(s.few() ? s.rows() * s.dim : 0)),
           weight(arena.take<float>(s.groups ? 9 * s.dim * s.each() : 0)), bias(arena.take<float>(s.groups ? s.dim : 0)),
-          filters(arena.take<float>(s.groups ? POINTS * s.dim * s.each() : 0)),
+          filters(arena.take<float>(s.groups ? conv::POINTS * s.dim * s.each() : 0)),
           weight1(arena.take<float>(s.few() ? 0 : s.hidden * s.dim)), bias1(arena.take<float>(s.few() ? 0 : s.hidden)) {}
   };
 
@@ -103,9 +102,9 @@ void room(const Shape& s, int64_t* bytes) {
 // infer_folded: weight and bias of a layer, whose bias may be null, with a norm in front of it or behind. Each gives 0,
 // or 1 where memory ran out.
 #define FUNCTIONS(K, END)                                                                                             \
-  int infer_room##END(const Shape* s, int64_t* bytes, Parallel) { return room<K>(*s, bytes), 0; }                    \
-  int infer_branches##END(const Shape* s, const K::E* x, const K::E* y, const float* const* params, char* work,      \
-                           K::E* made, Parallel parallel) {                                                           \
+  int infer_room##END(const Shape* s, int64_t* bytes, Parallel) { return room<K>(*s, bytes), 0; }                     \
+  int infer_branches##END(const Shape* s, const K::E* x, const K::E* y, const float* const* params, char* work,       \
+                          K::E* made, Parallel parallel) {                                                            \
     Arena room{work};                                                                                                 \
     return guarded([&] { Branches<K>{{parallel, s->threads}, *s, params}.infer(x, y, {*s, room}, made); });           \
   }                                                                                                                   \

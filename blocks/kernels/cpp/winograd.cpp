@@ -12,7 +12,7 @@ namespace {
 #include "taps.h"
 
 constexpr int HIGH = LANES == 16 ? 12 : 6, WIDE = 2 * LANES;  // of tiles held in registers
-constexpr int POINTS = 16;
+using conv::POINTS;
 constexpr int ROOM = 256 * 1024;  // bytes that the tiles of a strip become
 constexpr int AHEAD = 6;          // places ahead of those that are read: their channels lie too far apart to be foreseen
 
