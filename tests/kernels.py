@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from blocks.attention import Attention
 from blocks.base import Features, Site, to_map, tokens
@@ -83,6 +85,16 @@ def trained(made: nn.Module, map: Tensor, low: bool = False) -> dict[str, Tensor
     found |= {name: p.grad for name, p in made.named_parameters()} | dict(made.named_buffers())
     assert all(value is not None for value in found.values())
     return {name: value.double() for name, value in found.items() if value is not None}
+
+
+def again_alike(made: nn.Module, map: Tensor) -> None:
+    """Under activation checkpointing the map's gradient is what it is in a plain step."""
+    plain = trained(copy.deepcopy(made), map)
+    x = map.clone(memory_format=torch.preserve_format).requires_grad_()
+    out = checkpoint(lambda x: made(Features(x)).map, x, use_reentrant=False)
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), plain["map"])
 
 
 def saved_bytes(act: Any, parameters: list[nn.Parameter]) -> int:

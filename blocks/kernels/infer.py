@@ -1,6 +1,7 @@
 """The branches of a convolutional block in evaluation and without gradients, several in one call (`cpp/infer.cpp`).
 
-Between calls one thread alone is at work, in Python: a twelfth of the time of Next-ViT-S at two threads.
+Between kernels that are called one by one a single thread is at work, in Python: for a twelfth of Next-ViT-S's time at
+two threads.
 """
 
 from __future__ import annotations
