@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
 from tests.conftest import REPO
 
 HEAVY = (
@@ -59,10 +57,10 @@ def test_stand_ins_give_way_to_the_compiler() -> None:
     )
 
 
-@pytest.mark.parametrize("first", ["torch._dynamo", "lightning"])
-def test_the_order_of_imports_does_not_matter(first: str) -> None:
+def test_the_order_of_imports_does_not_matter() -> None:
+    """Lightning alone brings the compiler, which is there already when torchvision comes."""
     run(
-        f"import {first}, framework, lightning.pytorch, torchvision, sys\n"
+        "import lightning, framework, torchvision, sys\n"
         "import torch, torch._dynamo\n"
         "from lightning.fabric.wrappers import OptimizedModule\n"
         "assert isinstance(torch.compile(torch.nn.Linear(2, 2), backend='eager'), OptimizedModule)"
@@ -88,14 +86,9 @@ def test_what_torchmetrics_only_names_comes_when_it_is_used() -> None:
         "assert isinstance(transforms.Normalize([0.5], [0.5]), torchvision.transforms.Normalize)\n"
         "assert isinstance(resnet50(num_classes=2), torchvision.models.ResNet)\n"
         "import scipy.signal\n"
-        "assert scipy.signal.hamming is scipy.signal.windows.hamming"
-    )
-
-
-def test_plots_of_torchmetrics_are_matplotlibs() -> None:
-    run(
-        "import os, sys; os.environ['MPLBACKEND'] = 'agg'\n"
-        "import framework, torch, torchmetrics\n"
+        "assert scipy.signal.hamming is scipy.signal.windows.hamming\n"
+        # and plots of torchmetrics are matplotlib's
+        "import os; os.environ['MPLBACKEND'] = 'agg'\n"
         "mean = torchmetrics.MeanMetric(); mean.update(3.0)\n"
         "assert 'matplotlib' not in sys.modules\n"
         "figure, axes = mean.plot()\n"
@@ -108,10 +101,11 @@ def test_plots_of_torchmetrics_are_matplotlibs() -> None:
     )
 
 
-@pytest.mark.parametrize("before", [["matplotlib.pyplot", "scipy.signal"], ["torchvision"]], ids=str)
-def test_what_is_there_already_is_what_torchmetrics_gets(before: list[str]) -> None:
+def test_what_is_there_already_is_what_torchmetrics_gets() -> None:
     run(
-        f"import importlib\nreal = {{name: importlib.import_module(name) for name in {before}}}\n"
+        "import importlib\n"
+        "names = ['matplotlib.pyplot', 'scipy.signal', 'torchvision']\n"
+        "real = {name: importlib.import_module(name) for name in names}\n"
         "import framework, torchmetrics, sys\n"
         "from torchmetrics.utilities import plot\n"
         "from torchmetrics.functional.detection import iou\n"
