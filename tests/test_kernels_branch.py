@@ -110,10 +110,17 @@ def test_where_all_samples_are_dropped(name: str, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-6)
 
 
-def test_pieces_that_threads_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each thread sums gradients of weights over rows of its own, which come to those of the piece before."""
-    monkeypatch.setattr(branch, "HIDDEN", 40 * 36 * 96)
-    made, map = block("ncb"), given("ncb", batch=80)
+@pytest.mark.parametrize(("dim", "batch", "dropped"), [(32, 80, 0.0), (32, 80, 0.9), (192, 30, 0.0), (192, 30, 0.5)])
+def test_pieces_that_threads_share(dim: int, batch: int, dropped: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where weights are small each goes through rows of its own; else they share each piece."""
+    monkeypatch.setattr(branch, "HIDDEN", 11 * 36 * 3 * dim)
+    made, map = NCB(Site.at(dim, 6)).train(), torch.randn(batch, dim, 6, 6, generator=torch.Generator().manual_seed(1))
+    randomise(made)
+    keep = (torch.rand(batch, 1, 1, generator=torch.Generator().manual_seed(2)) >= dropped) / (1 - dropped)
+    monkeypatch.setattr(residual, "kept", lambda x, rate: keep.to(x))
+    for part in made.modules():
+        if isinstance(part, Residual):
+            part.rate = dropped
     exact = trained(copy.deepcopy(made).double(), map.double())
     threads = torch.get_num_threads()
     torch.set_num_threads(3)

@@ -79,7 +79,7 @@ def _plain(x: Tensor, parts: Sequence[Tensor], keep: Tensor | None, eps: float) 
 
 class Shape(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "each", "piece", "dim", "hidden", "threads")),
+        *((name, ctypes.c_int64) for name in ("batch", "each", "most", "dim", "hidden", "threads")),
         ("eps", ctypes.c_double),
     ]  # fmt: skip
 
@@ -99,10 +99,10 @@ class _Branch(torch.autograd.Function):
         moments: Tensor, folded: Tensor, keep: Tensor | None, eps: float,
     ) -> Tensor:  # fmt: skip
         (hidden, width), (batch, each) = w1.shape, x.shape[:2]
-        piece = min(max(HIDDEN // (hidden * each), 1), batch)
-        ctx.sizes, ctx.eps = (batch, each, piece, width, hidden), eps
+        ctx.sizes, ctx.eps = (batch, each, max(HIDDEN // hidden, 1), width, hidden), eps
         made, between = torch.empty_like(x), x.new_empty(batch, each, hidden)
-        shape, work = Shape(*ctx.sizes, torch.get_num_threads(), eps), native.space(_room(x.dtype, *ctx.sizes)[0])
+        sizes = (*ctx.sizes, torch.get_num_threads())
+        shape, work = Shape(*sizes, eps), native.space(_room(x.dtype, *sizes)[0])
         given = (x, native.places((w1, b1, w2, b2)), moments, folded, keep)
         native.run("branch_forward", x.dtype, shape, *given, between, work, made)
         ctx.save_for_backward(x, scale, shift, w1, b1, w2, b2, moments, folded, keep, between)
@@ -118,7 +118,8 @@ class _Branch(torch.autograd.Function):
             return *(next(found) if need else None for need in ctx.needs_input_grad[:7]), None, None, None, None
         dx, (scale, shift, *layers), grad = torch.empty_like(x), parts, grad.contiguous()
         each = [torch.empty_like(p) for p in (*layers, scale, shift)]
-        shape, work = Shape(*ctx.sizes, torch.get_num_threads(), ctx.eps), native.space(_room(x.dtype, *ctx.sizes)[1])
+        sizes = (*ctx.sizes, torch.get_num_threads())
+        shape, work = Shape(*sizes, ctx.eps), native.space(_room(x.dtype, *sizes)[1])
         given = (x, native.places(layers), moments, folded, keep, between, grad)
         native.run("branch_backward", x.dtype, shape, *given, work, dx, native.places(each))
         return dx, *each[4:], *each[:4], None, None, None, None

@@ -41,12 +41,17 @@ void unfolded(float* grad, const float* bias, const float* weight, const float* 
   });
 }
 
+constexpr int64_t SMALL = 64 * 1024;  // numbers of a weight of which each thread may have a gradient of its own
+constexpr int64_t CACHED = 2 * 1024 * 1024;  // bytes between the layers that it then works on at a time
+
 struct Shape {  // as in branch.py
-  int64_t batch, each, piece;  // samples, rows of each, and samples that are worked on at a time
+  int64_t batch, each, most;  // samples, rows of each, and rows that all threads work on at a time
   int64_t dim, hidden, threads;
   double eps;
 
   int64_t rows() const { return batch * each; }
+  bool small() const { return dim * hidden <= SMALL; }
+  int64_t parts() const { return small() ? threads : 1; }
 };
 
 enum { W1, B1, W2, B2, SCALE, SHIFT };
@@ -61,7 +66,13 @@ struct Norm {  // as batch_norm.cpp gives it
 template <class K>
 struct Branch : Linears<typename K::E> {
   using typename Linears<typename K::E>::E;
-  using Linears<E>::below, Linears<E>::learn, Linears<E>::parallel, Linears<E>::product, Linears<E>::product_onto;
+  using Linears<E>::parallel;
+
+  // Rows that are worked on at a time.
+  static int64_t piece(const Shape& s) {
+    const int64_t cached = std::max<int64_t>(CACHED / (s.hidden * sizeof(E)), 1);
+    return std::min({s.most, s.rows(), s.small() ? cached : s.most});
+  }
 
   const Shape& s;
   const float* const* w;  // the layers' weights and biases, in the order above
@@ -74,22 +85,42 @@ struct Branch : Linears<typename K::E> {
         : weight(arena.take<float>(s.hidden * s.dim)), bias(arena.take<float>(s.hidden)) {}
   };
 
-  struct Backward {  // room
-    E *dh, *below;
-    double *total1, *total2, *found;
-    float *sums1, *sums2, *slope, *offset;
-    Backward(const Shape& s, Arena& arena)
-        : dh(arena.take<E>(s.piece * s.each * s.hidden)), below(arena.take<E>(s.rows() * s.dim)),
-          total1(arena.take<double>(s.hidden)), total2(arena.take<double>(s.dim)),
-          found(arena.take<double>(2 * s.dim)), sums1(arena.take<float>(s.hidden)), sums2(arena.take<float>(s.dim)),
-          slope(arena.take<float>(s.dim)), offset(arena.take<float>(s.dim)) {}
+  struct Part {  // room for a part of the rows, and for what it gives the gradients
+    E* dh;
+    float *sums1, *sums2;
+    double *total1, *total2;
+    float* weights[2] = {};  // of the first part those that are asked for
+    Part(const Shape& s, bool first, Arena& arena)
+        : dh(arena.take<E>(piece(s) * s.hidden)), sums1(arena.take<float>(s.hidden)), sums2(arena.take<float>(s.dim)),
+          total1(arena.take<double>(s.hidden)), total2(arena.take<double>(s.dim)) {
+      if (!first)
+        for (float*& weight : weights) weight = arena.take<float>(s.dim * s.hidden);
+    }
   };
 
-  // Calls act(first row, rows) for each piece of the samples that are kept.
+  struct Backward {  // room
+    E* below;
+    double* found;
+    float *slope, *offset;
+    std::vector<Part> parts;
+    Backward(const Shape& s, Arena& arena)
+        : below(arena.take<E>(s.rows() * s.dim)), found(arena.take<double>(2 * s.dim)), slope(arena.take<float>(s.dim)),
+          offset(arena.take<float>(s.dim)) {
+      for (int64_t i = 0; i < s.parts(); ++i) parts.emplace_back(s, i == 0, arena);
+    }
+  };
+
+  // Calls act(layers, part, first row, rows) for each piece of the samples that are kept. Where weights are small a thread
+  // goes through a part of the rows by itself, in pieces that stay in its cache; else all threads share each piece.
   template <class F>
   void pieces(const F& act) const {
-    const int64_t most = s.piece * s.each;
-    for (int64_t at = 0; at < samples.rows; at += most) act(at, std::min(most, samples.rows - at));
+    const int parts = int(s.parts());
+    run(parts, parallel, [&](int part) {
+      auto bound = [&](int64_t i) { return i == parts ? samples.rows : samples.rows * i / parts / K::U * K::U; };
+      const Linears<E> layers{parallel, parts > 1 ? 1 : s.threads};
+      for (int64_t at = bound(part), end = bound(part + 1), most = piece(s); at < end; at += most)
+        act(layers, part, at, std::min(most, end - at));
+    });
   }
 
   typename Linears<E>::Lines lines(const E* x, int64_t at) const { return {samples.of(x, at, s.dim), samples.from(at)}; }
@@ -97,11 +128,11 @@ struct Branch : Linears<typename K::E> {
   // `hidden`: rows of the samples that are kept.
   void forward(const E* x, E* hidden, const Forward& f, E* out) const {
     folded<Full>(w[W1], w[B1], norm.scale, norm.shift, s.hidden, s.dim, f.weight, f.bias, s.threads, parallel);
-    pieces([&](int64_t at, int64_t rows) {
+    pieces([&](const Linears<E>& layers, int, int64_t at, int64_t rows) {
       E* h = hidden + at * s.hidden;
-      product(lines(x, at), rows, s.dim, f.weight, s.hidden, f.bias, h, products::RELU);
-      product_onto(samples.of(x, at, s.dim), h, rows, s.hidden, w[W2], s.dim, w[B2], samples.of(out, at, s.dim),
-                   samples.from(at), samples.by);
+      layers.product(lines(x, at), rows, s.dim, f.weight, s.hidden, f.bias, h, products::RELU);
+      layers.product_onto(samples.of(x, at, s.dim), h, rows, s.hidden, w[W2], s.dim, w[B2], samples.of(out, at, s.dim),
+                          samples.from(at), samples.by);
     });
     samples.others(s.batch, [&](int64_t first, int64_t end) {
       std::memcpy(out + first * s.dim, x + first * s.dim, (end - first) * s.dim * sizeof(E));
@@ -110,19 +141,31 @@ struct Branch : Linears<typename K::E> {
 
   // `g`: where the gradients of the layers' parameters go, and those of the norm, in the order above.
   void backward(const E* x, const E* hidden, const E* grad, const Backward& b, E* dx, float* const* g) const {
-    std::memset(b.total1, 0, s.hidden * sizeof(double)), std::memset(b.total2, 0, s.dim * sizeof(double));
-    for (int i : {W1, W2})
-      if (!samples.rows) std::memset(g[i], 0, s.dim * s.hidden * sizeof(float));
-    pieces([&](int64_t at, int64_t rows) {
+    auto weight = [&](const Part& part, int i) { return &part == &b.parts[0] ? g[i ? W2 : W1] : part.weights[i]; };
+    const bool add = s.small() || !samples.rows;  // not only to pieces before: a part may have none
+    const int64_t size = s.dim * s.hidden;
+    for (const Part& part : b.parts) {
+      std::fill_n(part.total1, s.hidden, 0.0), std::fill_n(part.total2, s.dim, 0.0);
+      for (int i = 0; add && i < 2; ++i) std::fill_n(weight(part, i), size, 0.0f);
+    }
+    pieces([&](const Linears<E>& layers, const int i, int64_t at, int64_t rows) {
+      const Part& part = b.parts[i];
       const E* h = hidden + at * s.hidden;
-      learn(lines(grad, at), rows, s.dim, h, s.hidden, g[W2], b.sums2, at > 0, samples.by);
-      below(lines(grad, at), rows, s.dim, w[W2], s.hidden, b.dh, h, nullptr, samples.by);
-      learn(b.dh, rows, s.hidden, lines(x, at), s.dim, g[W1], b.sums1, at > 0);
-      below(b.dh, rows, s.hidden, w[W1], s.dim, samples.of(b.below, at, s.dim), nullptr, samples.from(at));
-      for (int64_t i = 0; i < s.hidden; ++i) b.total1[i] += b.sums1[i];
-      for (int64_t i = 0; i < s.dim; ++i) b.total2[i] += double(b.sums2[i]) * samples.by;
+      layers.learn(lines(grad, at), rows, s.dim, h, s.hidden, weight(part, 1), part.sums2, add || at > 0, samples.by);
+      layers.below(lines(grad, at), rows, s.dim, w[W2], s.hidden, part.dh, h, nullptr, samples.by);
+      layers.learn(part.dh, rows, s.hidden, lines(x, at), s.dim, weight(part, 0), part.sums1, add || at > 0);
+      layers.below(part.dh, rows, s.hidden, w[W1], s.dim, samples.of(b.below, at, s.dim), nullptr, samples.from(at));
+      for (int64_t c = 0; c < s.hidden; ++c) part.total1[c] += part.sums1[c];
+      for (int64_t c = 0; c < s.dim; ++c) part.total2[c] += double(part.sums2[c]) * samples.by;
     });
-    std::copy(b.total1, b.total1 + s.hidden, g[B1]), std::copy(b.total2, b.total2 + s.dim, g[B2]);
+    for (size_t p = 1; p < b.parts.size(); ++p) {
+      const Part& part = b.parts[p];
+      for (int64_t c = 0; c < s.hidden; ++c) b.parts[0].total1[c] += part.total1[c];
+      for (int64_t c = 0; c < s.dim; ++c) b.parts[0].total2[c] += part.total2[c];
+      for (int i = 0; i < 2; ++i)
+        for (int64_t c = 0; c < size; ++c) weight(b.parts[0], i)[c] += part.weights[i][c];
+    }
+    std::copy_n(b.parts[0].total1, s.hidden, g[B1]), std::copy_n(b.parts[0].total2, s.dim, g[B2]);
     // The sums over all rows that a norm's gradient needs, without another look at the rows.
     unfolded(g[W1], g[B1], w[W1], norm.scale, norm.shift, s.hidden, s.dim, b.found, b.found + s.dim, s.threads, parallel);
     float *dscale = g[SCALE], *dshift = g[SHIFT];

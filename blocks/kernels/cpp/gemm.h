@@ -120,22 +120,37 @@ inline void multiply(const float*& a, const float*& b, int64_t words, Ahead& ahe
   }
 }
 
+// Of arrays that lie in registers all is copied so: one place that is not known to the compiler, and they would not.
+template <int COUNT>
+inline void copy(const V (&from)[HIGH][COUNT], V (&to)[HIGH][COUNT]) {
+#pragma GCC unroll 12
+  for (int r = 0; r < HIGH; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < COUNT; ++v) to[r][v] = from[r][v];
+}
+
 // One tile of a product, with what comes behind it; `bias` belongs to its columns.
 template <class K, int COUNT>
 INLINE void sums(const float* a, const float* b, int64_t words, int64_t part, const float* bias, int act, Ahead ahead,
                  V (&s)[HIGH][COUNT]) {
-  multiply<K>(a, b, std::min(words, part), ahead, s);
-  for (int64_t done = part; done < words; done += part) {
-    V sum[HIGH][COUNT];
-    std::memcpy(sum, s, sizeof s);
-    multiply<K>(a, b, std::min(words - done, part), ahead, s);
+  V before[HIGH][COUNT];
+  bool more = false;
+  for (; words > part; words -= part, more = true) {
+    multiply<K>(a, b, part, ahead, s);
 #pragma GCC unroll 12
     for (int r = 0; r < HIGH; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < COUNT; ++v) s[r][v] += sum[r][v];
+      for (int v = 0; v < COUNT; ++v) before[r][v] = more ? before[r][v] + s[r][v] : s[r][v];
   }
+  multiply<K>(a, b, words, ahead, s);
+  if (more)
+#pragma GCC unroll 12
+    for (int r = 0; r < HIGH; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < COUNT; ++v) s[r][v] += before[r][v];
   if (bias) {
     V shift[COUNT];
+#pragma GCC unroll 2
     for (int v = 0; v < COUNT; ++v) shift[v] = loadu(bias + v * LANES);
 #pragma GCC unroll 12
     for (int r = 0; r < HIGH; ++r)
@@ -147,13 +162,17 @@ INLINE void sums(const float* a, const float* b, int64_t words, int64_t part, co
     for (int r = 0; r < HIGH; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < COUNT; ++v) s[r][v] = max(s[r][v], set(0.0f));
-  if (act == GELU)
+  if (act == GELU) {
+    V x[HIGH][COUNT];
+    copy(s, x);
     for (int r = 0; r < HIGH; ++r) {
       V p[COUNT];
-      for (int v = 0; v < COUNT; ++v) p[v] = s[r][v];
+      for (int v = 0; v < COUNT; ++v) p[v] = x[r][v];
       phi<COUNT>(p);
-      for (int v = 0; v < COUNT; ++v) s[r][v] = max(s[r][v], set(-5.2f)) * p[v];  // below, Φ is no longer exact, nor 0
+      for (int v = 0; v < COUNT; ++v) x[r][v] = max(x[r][v], set(-5.2f)) * p[v];  // below, Φ is no longer exact, nor 0
     }
+    copy(x, s);
+  }
 }
 
 // One tile of the result; `again` where what is there already is a part of the sum.
@@ -161,40 +180,44 @@ template <class K, int COUNT>
 INLINE void tile_of(const float* a, const float* b, int64_t words, int64_t part, const Result& c, int64_t n, int64_t row,
                     int rows, int64_t column, bool again, Ahead ahead) {
   using E = typename K::E;
-  const void* base = again ? c.at : c.base;
   const bool single = c.single || K::U == 1;
-  auto place = [&](int r, int v) { return (c.places ? c.places[row + r] : row + r) * n + column + v * LANES; };
-  auto value = [&](const void* p, int r, int v) {
-    return single ? loadu(static_cast<const float*>(p) + place(r, v)) : K::widen(static_cast<const E*>(p) + place(r, v));
-  };
+  const int64_t size = single ? sizeof(float) : sizeof(E), wide = LANES * size;
+  char* const to = static_cast<char*>(c.at);
+  const char* const base = static_cast<const char*>(again ? c.at : c.base);
+  const char* const mask = static_cast<const char*>(c.mask);
+  int64_t places[HIGH];  // of rows, in bytes
+  for (int r = 0; r < rows; ++r) places[r] = ((c.places ? c.places[row + r] : row + r) * n + column) * size;
   for (int r = 0; r < rows; ++r)  // lines that are far apart are not foreseen, also where they are only written
-    for (int v = 0; v < COUNT; ++v) {
-      const int64_t at = place(r, v) * (single ? sizeof(float) : sizeof(E));
-      __builtin_prefetch(static_cast<const char*>(c.at) + at);
-      if (base && base != c.at) __builtin_prefetch(static_cast<const char*>(base) + at);
-      if (c.mask) __builtin_prefetch(static_cast<const char*>(c.mask) + at);
+    for (int64_t at = places[r], end = at + COUNT * wide; at < end; at += 64) {
+      __builtin_prefetch(to + at);
+      if (base && base != to) __builtin_prefetch(base + at);
+      if (mask) __builtin_prefetch(mask + at);
     }
   V s[HIGH][COUNT];
   sums<K>(a, b, words, part, c.bias ? c.bias + column : nullptr, c.act, ahead, s);
   if (c.by != 1.0f)
 #pragma GCC unroll 12
     for (int r = 0; r < HIGH; ++r)
-      for (int v = 0; v < COUNT; ++v) s[r][v] *= set(c.by);
-  auto give = [&](int r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < COUNT; ++v) {
-      V sum = s[r][v];
-      if (c.mask) sum = above(value(c.mask, r, v), sum);
-      if (base) sum += value(base, r, v);
-      single ? storeu(static_cast<float*>(c.at) + place(r, v), sum)
-             : K::narrow(static_cast<E*>(c.at) + place(r, v), sum);
-    }
+      for (int v = 0; v < COUNT; ++v) s[r][v] *= set(c.by);
+  auto value = [&](const char* p) {
+    return single ? loadu(reinterpret_cast<const float*>(p)) : K::widen(reinterpret_cast<const E*>(p));
+  };
+  auto give = [&](int64_t at, V sum) {
+    if (mask) sum = above(value(mask + at), sum);
+    if (base) sum += value(base + at);
+    single ? storeu(reinterpret_cast<float*>(to + at), sum) : K::narrow(reinterpret_cast<E*>(to + at), sum);
   };
   if (rows == HIGH) {
 #pragma GCC unroll 12
-    for (int r = 0; r < HIGH; ++r) give(r);
+    for (int r = 0; r < HIGH; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < COUNT; ++v) give(places[r] + v * wide, s[r][v]);
   } else {
-    for (int r = 0; r < rows; ++r) give(r);
+    V some[HIGH][COUNT];
+    copy(s, some);
+    for (int r = 0; r < rows; ++r)
+      for (int v = 0; v < COUNT; ++v) give(places[r] + v * wide, some[r][v]);
   }
 }
 
