@@ -203,21 +203,29 @@ INLINE void tile_of(const float* a, const float* b, int64_t words, int64_t part,
   auto value = [&](const char* p) {
     return single ? loadu(reinterpret_cast<const float*>(p)) : K::widen(reinterpret_cast<const E*>(p));
   };
-  auto give = [&](int64_t at, V sum) {
-    if (mask) sum = above(value(mask + at), sum);
-    if (base) sum += value(base + at);
-    single ? storeu(reinterpret_cast<float*>(to + at), sum) : K::narrow(reinterpret_cast<E*>(to + at), sum);
+  auto give = [&](int64_t at, V (&x)[COUNT]) {
+#pragma GCC unroll 2
+    for (int v = 0; v < COUNT; ++v) {
+      if (mask) x[v] = above(value(mask + at + v * wide), x[v]);
+      if (base) x[v] += value(base + at + v * wide);
+    }
+    float* const line = reinterpret_cast<float*>(to + at);
+    if (single) {
+#pragma GCC unroll 2
+      for (int v = 0; v < COUNT; ++v) storeu(line + v * LANES, x[v]);
+    } else if constexpr (COUNT == K::U) {
+      storeu(line, K::words(x));
+    } else {
+      K::narrow(reinterpret_cast<E*>(line), x[0]);
+    }
   };
   if (rows == HIGH) {
 #pragma GCC unroll 12
-    for (int r = 0; r < HIGH; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < COUNT; ++v) give(places[r] + v * wide, s[r][v]);
+    for (int r = 0; r < HIGH; ++r) give(places[r], s[r]);
   } else {
     V some[HIGH][COUNT];
     copy(s, some);
-    for (int r = 0; r < rows; ++r)
-      for (int v = 0; v < COUNT; ++v) give(places[r] + v * wide, some[r][v]);
+    for (int r = 0; r < rows; ++r) give(places[r], some[r]);
   }
 }
 
