@@ -27,21 +27,10 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningCLI
 
 Made = TypeVar("Made")
 _bench: Workbench | None = None  # that of `build_model`
-
-
-class _Parser(LightningArgumentParser):
-    """Converts values, which finds those of a wrong type, and does not check what it has once more.
-
-    Names and what is required are checked in the walk before; the second pass takes twice as long for each level that a
-    document is deep.
-    """
-
-    def validate(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
 
 class Workbench(LightningCLI):
@@ -60,14 +49,18 @@ class Workbench(LightningCLI):
             save_config_callback=None,
             seed_everything_default=False,
             auto_configure_optimizers=False,
-            parser_class=_Parser,
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_kwargs={"exit_on_error": False},
         )
 
     def add_core_arguments_to_parser(self, parser: Any) -> None:
-        """Only what the document holds, and required: what may be null is a Union, which swallows errors."""
+        """Only what the document holds, and required: what may be null is a Union, which swallows errors.
+
+        Values are converted and names checked in one pass. A second, over what that gives, finds no more, and takes
+        twice as long for each level that a document is deep.
+        """
+        parser.validate = lambda *args, **kwargs: None
         if "trainer" in self.document:
             parser.add_lightning_class_args(Trainer, "trainer")
         for key, base in (("model", Task), ("data", ImageData)):

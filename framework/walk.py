@@ -193,8 +193,9 @@ class Walk:
                 return self.merge(option, base, layer, path, default)
             except ConfigError as error:
                 # A mistake deeper down tells more than "no alternative fits".
-                if failure is None or len(str(error)) > len(str(failure)):
-                    failure = error if isinstance(layer, Mapping) else None
+                meant = isinstance(layer, Mapping) or (isinstance(layer, list) and get_origin(option) is list)
+                if meant and (failure is None or len(str(error)) > len(str(failure))):
+                    failure = error
         raise failure or self.error(path, f"expected {typed.show(hint)}, got {layer!r}")
 
     def _scalar(self, hint: Any, value: Any, path: Path) -> Any:

@@ -98,6 +98,13 @@ MISTAKES: dict[str, tuple[str, list[Any], list[str]]] = {
         [TNT, "--trainer.callbacks=[{class_path: lightning.pytorch.callbacks.EarlyStopping, "
               "init_args: {monitor: val/los}}]"],
         ["trainer.callbacks: EarlyStopping watches 'val/los' (did you mean 'val/loss'?"]),
+    "argument of a callback": ("fit",
+        [TNT, "--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitr: val/loss}}]"],
+        ["trainer.callbacks[0].monitr: EarlyStopping has no such argument (did you mean 'monitor'?"]),
+    "unknown callback": ("fit", [TNT, "--trainer.callbacks=[LearningRateMonitr]"],
+        ["trainer.callbacks[0]: unknown Callback 'LearningRateMonitr' (did you mean 'LearningRateMonitor'?)"]),
+    "no list": ("fit", [TNT, "--trainer.limit_val_batches=[1]"],
+        ["trainer.limit_val_batches: expected int | float | null, got [1]"]),
     "no length": ("fit", [EXPERIMENTS / "zoo/deit_ti.yaml", "--trainer.max_epochs=null"],
         ["trainer.max_epochs: nothing says how long to train"]),
     "data files missing": ("fit", [EXPERIMENTS / "zoo/deit_ti.yaml", "--trainer.max_epochs=1", "--data.root=/nowhere"],

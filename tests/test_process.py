@@ -11,13 +11,13 @@ import pytest
 
 STEPS = """
 import resource
-import torch
+import numpy
 from framework.process import {name}
 
 {name}()
 held = []
 for step in range(12):
-    held = [torch.ones(size) for size in (2**20, 2**22, 2**24)]
+    held = [numpy.ones(size, numpy.float32) for size in (2**20, 2**22, 2**24)]  # from malloc, as tensors are
     held = []
     if step == 1:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -26,7 +26,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(name: str, **environment: str) -> int:
-    """Pages that ten steps with 84 MiB of tensors take from the system, after two others."""
+    """Pages that ten steps with 84 MiB of arrays take from the system, after two others."""
     words = [sys.executable, "-c", STEPS.format(name=name)]
     done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, **environment})
     return int(done.stdout)
