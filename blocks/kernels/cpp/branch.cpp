@@ -68,10 +68,10 @@ struct Branch : Linears<typename K::E> {
   using typename Linears<typename K::E>::E;
   using Linears<E>::parallel;
 
-  // Rows that are worked on at a time.
+  // Rows that are worked on at a time, of those of one part.
   static int64_t piece(const Shape& s) {
     const int64_t cached = std::max<int64_t>(CACHED / (s.hidden * sizeof(E)), 1);
-    return std::min({s.most, s.rows(), s.small() ? cached : s.most});
+    return std::min({s.most, s.rows() / s.parts() + K::U, s.small() ? cached : s.most});
   }
 
   const Shape& s;
@@ -162,9 +162,14 @@ struct Branch : Linears<typename K::E> {
       const Part& part = b.parts[p];
       for (int64_t c = 0; c < s.hidden; ++c) b.parts[0].total1[c] += part.total1[c];
       for (int64_t c = 0; c < s.dim; ++c) b.parts[0].total2[c] += part.total2[c];
-      for (int i = 0; i < 2; ++i)
-        for (int64_t c = 0; c < size; ++c) weight(b.parts[0], i)[c] += part.weights[i][c];
     }
+    run(int(b.parts.size()), parallel, [&](int64_t t) {
+      const int64_t parts = b.parts.size();
+      for (int i = 0; i < 2; ++i)
+        for (int64_t p = 1; p < parts; ++p)
+          for (int64_t c = size * t / parts; c < size * (t + 1) / parts; ++c)
+            weight(b.parts[0], i)[c] += b.parts[p].weights[i][c];
+    });
     std::copy_n(b.parts[0].total1, s.hidden, g[B1]), std::copy_n(b.parts[0].total2, s.dim, g[B2]);
     // The sums over all rows that a norm's gradient needs, without another look at the rows.
     unfolded(g[W1], g[B1], w[W1], norm.scale, norm.shift, s.hidden, s.dim, b.found, b.found + s.dim, s.threads, parallel);
