@@ -134,16 +134,29 @@ def _run(command: list[str]) -> None:
         raise NoKernel(f"{command[0]} fails: {errors[0]}")
 
 
+class Team(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("number", ctypes.c_void_p)]
+
+
 @cache
-def threads() -> ctypes.c_void_p:
-    """OpenMP's entry for parallel work in the copy that torch uses: a second copy's threads would compete with it."""
+def team() -> Team | None:
+    """OpenMP's entries for parallel work in the copy that torch uses: a second copy's threads would compete with it."""
     folder = Path(torch.__file__).parent
     for name in [None, *folder.glob("lib/libgomp*"), *folder.parent.glob("torch.libs/libgomp*")]:
         try:
-            return ctypes.cast(ctypes.CDLL(None if name is None else str(name)).GOMP_parallel, ctypes.c_void_p)
+            found = ctypes.CDLL(None if name is None else str(name))
+            entries = found.GOMP_parallel, found.omp_get_thread_num
         except (OSError, AttributeError):
             continue
-    return ctypes.c_void_p()
+        return Team(*(ctypes.cast(entry, ctypes.c_void_p) for entry in entries))
+    return None
+
+
+@cache
+def threads() -> ctypes.c_void_p:
+    """Where `team` lies."""
+    found = team()
+    return ctypes.c_void_p(None if found is None else ctypes.addressof(found))
 
 
 def has(name: str, dtype: torch.dtype) -> bool:

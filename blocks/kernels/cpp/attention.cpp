@@ -170,15 +170,9 @@ void backward_head(const Plan& p, const Rows* rows, int64_t b, int64_t h, const 
 template <class F>
 void share(int64_t tasks, int threads, Parallel parallel, const F& work) {
   threads = int(std::min<int64_t>(threads, tasks));
-  std::atomic<bool> failed{false};  // nothing may be thrown out of a thread
   run(threads, parallel, [&](int t) {
-    try {
-      for (int64_t k = tasks * t / threads; k < tasks * (t + 1) / threads; ++k) work(k);
-    } catch (const std::bad_alloc&) {
-      failed = true;
-    }
+    for (int64_t k = tasks * t / threads; k < tasks * (t + 1) / threads; ++k) work(k);
   });
-  if (failed) throw std::bad_alloc();
 }
 
 int threads_for(const Shape& s) {

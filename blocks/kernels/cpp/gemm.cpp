@@ -81,7 +81,12 @@ void product(const Factor& a, const Factor& b, const Result& c, const Size& size
   const bool split = threads > 1 && m < FEW * HIGH * threads;
   const Blocks blocks(m, tall, split ? 1 : threads);
   const int64_t panels = (n + WIDE - 1) / WIDE;
-  const int64_t groups = split ? std::min(panels, (4 * threads + blocks.count - 1) / blocks.count) : 1;
+  const int64_t groups = split ? std::min(panels, (4 * threads + blocks.count() - 1) / blocks.count()) : 1;
+  std::vector<int64_t> shares = blocks.of;  // of all blocks for each group, the groups one after the other
+  if (split) {
+    shares.assign(threads + 1, 0);
+    for (int t = 1; t <= threads; ++t) shares[t] = blocks.count() * groups * t / threads;
+  }
 
   // A panel's last vector reaches beyond it; and panels a whole number of pages apart would share places in the cache.
   const int64_t room_a = blocks.largest * (most * HIGH + LANES) + LANES * HIGH, room_b = panels * (most * WIDE + LANES);
@@ -103,11 +108,12 @@ void product(const Factor& a, const Factor& b, const Result& c, const Size& size
         for (int i = 0; i < WIDE; i += LANES)
           pack_along<K, EB, LANES>(b, p * WIDE + i, n, first, words, columns + p * gap_b + i, WIDE);
     });
-    std::atomic<int64_t> next{0};
+    const Tasks tasks(shares);
     run(threads, parallel, [&](int t) {
       float* rows = blocks_of + t * room_a;
-      for (int64_t task; (task = next++) < blocks.count * groups;) {
-        const int64_t block = task / groups, group = task % groups, row = blocks.row(block), last = blocks.row(block + 1);
+      tasks.each(t, [&](int64_t task) {
+        const int64_t group = task / blocks.count(), block = task % blocks.count();
+        const int64_t row = blocks.row(block), last = blocks.row(block + 1);
         if (a.turned) {
           pack_across<K, EA, HIGH>(a, row, last, first, end, words, rows, gap_a);
         } else {
@@ -116,8 +122,8 @@ void product(const Factor& a, const Factor& b, const Result& c, const Size& size
         }
         const int64_t from = panels * group / groups, to = panels * (group + 1) / groups;
         const int64_t tiles = (to - from) * ((last - row + HIGH - 1) / HIGH);
-        const int64_t next_row = blocks.row((task + threads) / groups);
-        const Later<K, EB> later(a, b, size, row, next_row, last - row, first, end, words, tiles);
+        const int64_t next = task + 1 < shares[t + 1] ? blocks.row((task + 1) % blocks.count()) : m;
+        const Later<K, EB> later(a, b, size, row, next, last - row, first, end, words, tiles);
         int64_t count = 0;
         for (int64_t p = from; p < to; ++p)
           for (int64_t r = row; r < last; r += HIGH, ++count)
@@ -126,7 +132,7 @@ void product(const Factor& a, const Factor& b, const Result& c, const Size& size
         if (c.sums && group == 0)
           for (int64_t r = row; r < last; r += HIGH)
             add_sums<K>(rows + (r - row) / HIGH * gap_a, words, c.sums + r, int(std::min<int64_t>(HIGH, last - r)));
-      }
+      });
     });
   }
 }

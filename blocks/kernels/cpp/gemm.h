@@ -6,21 +6,25 @@ constexpr int AHEAD = 8;   // words ahead of those that are packed: their rows l
 
 using products::Factor, products::GELU, products::NONE, products::RELU, products::Result;
 
-// Rows in blocks of tiles that threads take one after the other: the later the smaller, so that they end together,
-// also where one of them is slower.
+// Each thread's rows in blocks of tiles: the later the smaller, so that threads end together, also where one is slower
+// and others take over what it has left.
 struct Blocks {
-  int64_t rows, count = 0, largest = 0;
-  std::vector<int64_t> starts;
+  int64_t rows, largest = 0;
+  std::vector<int64_t> starts, of{0};  // first rows of blocks, and first blocks of threads
 
   Blocks(int64_t rows, int64_t most, int64_t threads) : rows(rows) {
     const int64_t tiles = (rows + HIGH - 1) / HIGH;
-    for (int64_t at = 0, size; at < tiles; at += size, ++count) {
-      const int64_t fair = threads == 1 ? tiles : (tiles - at) / (2 * threads);
-      size = std::max<int64_t>(1, std::min({fair, most, tiles - at}));
-      starts.push_back(at * HIGH), largest = std::max(largest, size);
+    for (int64_t t = 0; t < threads; ++t) {
+      const int64_t end = tiles * (t + 1) / threads;
+      for (int64_t at = tiles * t / threads, size; at < end; at += size) {
+        size = std::max<int64_t>(1, std::min(threads == 1 ? end - at : (end - at) / 2, most));
+        starts.push_back(at * HIGH), largest = std::max(largest, size);
+      }
+      of.push_back(count());
     }
   }
-  int64_t row(int64_t block) const { return block < count ? starts[block] : rows; }
+  int64_t count() const { return starts.size(); }
+  int64_t row(int64_t block) const { return block < count() ? starts[block] : rows; }
 };
 
 // Vectors of words: of elements side by side, and of two rows' elements.

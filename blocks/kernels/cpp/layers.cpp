@@ -43,7 +43,7 @@ void layers(const Factor& x, const Factor& first, const float* bias, const Facto
   const int64_t in = s.in / K::U, mid = s.hidden / K::U, panels[] = {s.hidden / WIDE, (s.out + WIDE - 1) / WIDE};
   const int64_t gap_in = in * WIDE + LANES, gap_mid = mid * WIDE + LANES;  // whole pages would share places in the cache
   const Blocks blocks(s.rows, std::min<int64_t>(MOST_PANELS, BLOCK / (4 * HIGH * (in + mid))), s.threads);
-  const int threads = int(std::min(s.threads, blocks.count));
+  const int threads = int(std::min(s.threads, blocks.count()));
   const int64_t room = blocks.largest * (HIGH * (in + mid) + 2 * LANES) + 2 * LANES;
   Arena arena{memory((panels[0] * gap_in + panels[1] * gap_mid + threads * room) * sizeof(float) + 64 * (threads + 3))};
   float *columns = arena.take<float>(panels[0] * gap_in), *columns2 = arena.take<float>(panels[1] * gap_mid);
@@ -57,16 +57,16 @@ void layers(const Factor& x, const Factor& first, const float* bias, const Facto
         pack<K, LANES>(second, p * WIDE + i, s.out, mid, columns2 + p * gap_mid + i, WIDE);
   });
   const int64_t gap_x = in * HIGH + LANES, gap_y = mid * HIGH + LANES;
-  std::atomic<int64_t> next{0};
+  const Tasks tasks(blocks.of);
   run(threads, parallel, [&](int t) {
     float *rows = work + t * room, *made = rows + blocks.largest * gap_x;
-    for (int64_t block; (block = next++) < blocks.count;) {
-      const int64_t from = blocks.row(block), to = blocks.row(block + 1), later = blocks.row(block + threads);
+    tasks.each(t, [&](int64_t block) {
+      const int64_t from = blocks.row(block), to = blocks.row(block + 1);
       for (int64_t r = from; r < to; r += HIGH)
         pack<K, HIGH>(x, r, to, in, rows + (r - from) / HIGH * gap_x, HIGH);
       // Meanwhile the rows that this thread may have next are asked of memory.
       const int64_t row = x.step * (x.single ? sizeof(float) : sizeof(typename K::E));
-      const char* ahead = static_cast<const char*>(x.at) + (later < s.rows ? later : from) * row;
+      const char* ahead = static_cast<const char*>(x.at) + (to < s.rows ? to : from) * row;
       const int64_t pace = ((to - from) * row / (panels[0] * ((to - from + HIGH - 1) / HIGH)) + in - 1) / in;
       int64_t count = 0;
       for (int64_t p = 0; p < panels[0]; ++p)
@@ -78,7 +78,7 @@ void layers(const Factor& x, const Factor& first, const float* bias, const Facto
         for (int64_t r = from; r < to; r += HIGH)
           tile<K>(made + (r - from) / HIGH * gap_y, columns2 + p * gap_mid, mid, part_of(mid), c, s.out, r,
                   int(std::min<int64_t>(HIGH, to - r)), p * WIDE, false, Ahead{ahead, 0});
-    }
+    });
   });
 }
 

@@ -140,26 +140,69 @@ INLINE V together(const V* x, int n, const F& f) {
   return a;
 }
 
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
+struct Team {  // of OpenMP, in the copy that torch has, since another's threads would compete: as in native.py
+  void (*start)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
+  int (*number)();                                            // omp_get_thread_num
+};
+using Parallel = const Team*;  // null: threads of our own
 
-// Calls work(0) … work(count - 1), each once, in OpenMP's threads where torch has them: its own would compete.
+// Calls work(0) … work(count - 1), each once, in threads. A thread takes the part of its own number: the same rows in one
+// kernel after the other, which then lie in its cache and not in another's. Memory that runs out in one runs out in all.
 template <class F>
 void run(int count, Parallel parallel, const F& work) {
+  if (count == 1) return work(0);
   struct Job {
     const F& work;
-    int count;
-    std::atomic<int> next{0};
-    void go() {
-      for (int i; (i = next++) < count;) work(i);
+    const int count;
+    const Parallel parallel;
+    std::unique_ptr<std::atomic<bool>[]> taken{new std::atomic<bool>[count]()};
+    std::atomic<bool> failed{false};
+    void go(int number) {
+      for (int i = 0; i < count; ++i) {  // there may be fewer threads than asked for
+        const int part = (number + i) % count;
+        if (taken[part].exchange(true)) continue;
+        try {
+          work(part);
+        } catch (const std::bad_alloc&) {  // nothing may be thrown out of a thread
+          failed = true;
+        }
+      }
     }
-  } job{work, count};
-  if (count == 1) return work(0);
-  if (parallel) return parallel([](void* p) { static_cast<Job*>(p)->go(); }, &job, count, 0);
-  std::vector<std::thread> threads;
-  for (int i = 1; i < count; ++i) threads.emplace_back([&job] { job.go(); });
-  job.go();
-  for (auto& thread : threads) thread.join();
+  } job{work, count, parallel};
+  if (parallel) {
+    auto go = [](void* p) { static_cast<Job*>(p)->go(static_cast<Job*>(p)->parallel->number()); };
+    parallel->start(go, &job, count, 0);
+  } else {
+    std::vector<std::thread> threads;
+    for (int i = 1; i < count; ++i) threads.emplace_back([&job, i] { job.go(i); });
+    job.go(0);
+    for (auto& thread : threads) thread.join();
+  }
+  if (job.failed) throw std::bad_alloc();
 }
+
+// Tasks that threads take: each its own first, which lie side by side, and then what others have left.
+class Tasks {
+  struct alignas(64) Turn {
+    std::atomic<int64_t> next;
+  };
+  const std::vector<int64_t> bounds;  // of each thread's
+  const std::unique_ptr<Turn[]> turns;
+
+ public:
+  explicit Tasks(std::vector<int64_t> of) : bounds(std::move(of)), turns(new Turn[bounds.size() - 1]) {
+    for (size_t t = 0; t + 1 < bounds.size(); ++t) turns[t].next = bounds[t];
+  }
+
+  template <class F>
+  void each(int thread, const F& work) const {
+    const int threads = int(bounds.size()) - 1;
+    for (int i = 0; i < threads; ++i) {
+      const int owner = (thread + i) % threads;
+      for (int64_t task; (task = turns[owner].next++) < bounds[owner + 1];) work(task);
+    }
+  }
+};
 
 // Hands out parts of one piece of memory; without memory it only counts.
 struct Arena {
