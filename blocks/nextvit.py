@@ -26,6 +26,7 @@ from blocks.base import (
     Norm,
     NormFactory,
     Position,
+    ScorePosition,
     Shape,
     Site,
     linear,
@@ -35,7 +36,7 @@ from blocks.base import (
 from blocks.kernels import branch
 from blocks.kernels.conv_branch import conv_branch
 from blocks.kernels.folded import added, adds, conv_norm_act, linear_norm, norm_into_linear
-from blocks.kernels.infer import convolved_onto, linear_onto, mlp_onto
+from blocks.kernels.infer import Attending, convolved_onto, linear_onto, mixed, mlp_onto
 from blocks.kernels.linear import unhooked
 from blocks.mlp import Mlp, ReLU, round_width
 from blocks.norms import BatchNorm
@@ -348,8 +349,26 @@ class NTB(Block):
         map = self.embed(features.map)
         grid = (map.shape[2], map.shape[3])
         x = tokens(map)
+        made = self.inferred(x, grid)
+        if made is not None:
+            return features.replace(map=to_map(made, grid))
         x = added_emhsa(self.attn_residual, self.attn, x, tokens(self.norm1.on_map(map)), grid)
         y = added_mhca(self.conv_residual, self.conv, tokens(self.project(to_map(x, grid))), grid)
         x = torch.cat([x, y], dim=2)
         x = added_mlp(self.mlp_residual, self.norm2, self.mlp, x, grid)
         return features.replace(map=to_map(x, grid))
+
+    def inferred(self, x: Tensor, grid: Grid) -> Tensor | None:
+        """What comes of tokens behind `embed`, in one call without gradients; None where that is not possible."""
+        attn, conv = self.attn, self.conv
+        if torch.is_grad_enabled() or type(attn) is not EMHSA or type(conv) is not MHCA:
+            return None
+        if type(attn.position) is not ScorePosition or not unhooked(attn, attn.position, conv, self.project):
+            return None
+        if not all(adds(each) for each in (self.attn_residual, self.conv_residual, self.mlp_residual)):
+            return None
+        if self.project.proj is None or self.project.norm is None:
+            return None
+        attending = Attending(self.norm1, (attn.q, attn.k, attn.v, attn.proj), attn.heads, attn.pool, attn.norm)
+        project, parts = (self.project.proj, self.project.norm), (conv.conv, conv.norm, conv.act)
+        return mixed(x, grid, attending, project, parts, conv.proj, (self.norm2, self.mlp))

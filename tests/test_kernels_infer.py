@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,18 +16,24 @@ from blocks.kernels import conv, infer, native, products
 from blocks.mlp import GELU
 from blocks.nextvit import NCB, NTB
 from blocks.norms import LayerNorm
+from blocks.positions import RelativeBias, RoPE
 from blocks.residual import Residual
 from tests.contract import features, randomise
 from tests.kernels import FORMS, error, in_form
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no kernels on this machine")
 
-# The block, its width and side, and how many calls it is in one pass.
-CASES: dict[str, tuple[Callable[[Site], NCB | NTB], int, int, int]] = {
-    "convolution within": (NCB, 64, conv.SIDE, 1),
-    "convolution before": (partial(NCB, head_dim=96), 96, 5, 1),  # too many channels in a group
-    "small maps": (NCB, 64, 5, 1),  # in bfloat16 the convolution is before
-    "attention": (partial(NTB, sr_ratio=2), 128, 6, 3),
+ONE, PIECES, MIXED = ["infer_branches"], ["infer_branches"] * 3, ["infer_mixed"]
+
+# The block, its width and side, and the calls that it is in float32, and in bfloat16.
+CASES: dict[str, tuple[Callable[[Site], NCB | NTB], int, int, list[str], list[str]]] = {
+    "convolution within": (NCB, 64, conv.SIDE, ONE, ONE),
+    "convolution before": (partial(NCB, head_dim=96), 96, 5, ONE, ONE),  # too many channels in a group
+    "small maps": (NCB, 64, 5, ONE, ONE),  # in bfloat16 the convolution is before
+    "attention": (NTB, 256, conv.SIDE, MIXED, MIXED),
+    "attention on means": (partial(NTB, sr_ratio=3), 256, 14, MIXED, MIXED),  # and some tokens are left over
+    "attention on small maps": (partial(NTB, sr_ratio=2), 128, 5, MIXED, PIECES),
+    "attention before": (partial(NTB, head_dim=96), 384, 5, PIECES, PIECES),
 }
 
 
@@ -38,15 +45,21 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Those that this is about."""
     seen: list[str] = []
     run = native.run
-    monkeypatch.setattr(native, "run", lambda name, *args: seen.append(name) or run(name, *args))
+
+    def noted(name: str, *args: Any) -> None:
+        seen.extend({name} & {"infer_branches", "infer_mixed"})
+        run(name, *args)
+
+    monkeypatch.setattr(native, "run", noted)
     return seen
 
 
 def block(name: str) -> NCB | NTB:
     torch.manual_seed(0)
-    make, width, side, _ = CASES[name]
+    make, width, side, *_ = CASES[name]
     made = make(Site.at(width, side))
     randomise(made)
     return made.eval()
@@ -77,7 +90,7 @@ def test_float32(name: str, batch: int, form: str, calls: list[str], monkeypatch
                 monkeypatch.setattr(infer, "fits", lambda *sizes, fits=fits: fits)
                 calls.clear()
                 got = inferred(made.to(memory_format=lies), map)
-                assert calls.count("infer_branches") == CASES[name][3]
+                assert calls == CASES[name][3]
                 assert error(got, exact) < 1e-6
                 assert got.is_contiguous(memory_format=torch.channels_last)
                 assert torch.equal(map, before)
@@ -93,20 +106,24 @@ def test_bfloat16(name: str, batch: int, calls: list[str], monkeypatch: pytest.M
     with monkeypatch.context() as without:
         without.setattr(infer, "_serves", lambda x: False)
         plain = error(inferred(made, map), exact)
-    calls.clear()
     for fits in (True, False):
         monkeypatch.setattr(infer, "fits", lambda *sizes, fits=fits: fits)
+        calls.clear()
         got = inferred(made, map)
+        assert calls == CASES[name][4]
         assert got.dtype is torch.bfloat16
         assert error(got, exact) < 1.1 * plain
-    assert calls.count("infer_branches") == 2 * CASES[name][3]
+
+
+def look(part: nn.Module) -> None:
+    part.register_forward_hook(lambda *args: None)
 
 
 CHANGES: dict[str, tuple[Callable[[NCB], object], int]] = {
-    "a hook on the mixer": (lambda b: b.mixer.register_forward_hook(lambda *args: None), 1),
-    "a hook on its norm": (lambda b: b.mixer.norm.bn.register_forward_hook(lambda *args: None), 1),
-    "a hook on its last layer": (lambda b: b.mixer.proj.register_forward_hook(lambda *args: None), 1),
-    "a hook in the MLP": (lambda b: b.mlp.act.register_forward_hook(lambda *args: None), 0),
+    "a hook on the mixer": (lambda b: look(b.mixer), 1),
+    "a hook on its norm": (lambda b: look(b.mixer.norm.bn), 1),
+    "a hook on its last layer": (lambda b: look(b.mixer.proj), 1),
+    "a hook in the MLP": (lambda b: look(b.mlp.act), 0),
     "a residual that scales": (lambda b: setattr(b.mlp_residual, "scale", 0.5), 0),
     "a first residual that scales": (lambda b: setattr(b.mixer_residual, "scale", 0.5), 0),
     "a norm in training": (lambda b: b.norm.train(), 0),
@@ -127,6 +144,47 @@ def test_what_somebody_looks_at_is_done(name: str, calls: list[str], monkeypatch
         with torch.enable_grad():
             want = again(Features(map.clone().requires_grad_())).map
     torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=2e-2 if low else 1e-4)
+
+
+MIXED_CHANGES: dict[str, Callable[[NTB], object]] = {
+    "a hook on the first norm": lambda b: look(b.norm1.bn),
+    "a hook on the attention": lambda b: look(b.attn),
+    "a hook on the keys": lambda b: look(b.attn.k),
+    "a hook on the keys' norm": lambda b: look(b.attn.norm),
+    "a hook on what turns scores": lambda b: look(b.attn.position),
+    "a hook on the projection": lambda b: look(b.project),
+    "a hook on its layer": lambda b: look(b.project.proj),
+    "a hook on the convolution": lambda b: look(b.conv),
+    "a hook on its last layer": lambda b: look(b.conv.proj),
+    "a hook on the MLP": lambda b: look(b.mlp),
+    "a residual that scales": lambda b: setattr(b.attn_residual, "scale", 0.5),
+    "a second residual that scales": lambda b: setattr(b.conv_residual, "scale", 0.5),
+    "a third residual that scales": lambda b: setattr(b.mlp_residual, "scale", 0.5),
+    "a norm in training": lambda b: b.project.norm.train(),
+    "weights in bfloat16": lambda b: b.attn.q.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("name", MIXED_CHANGES)
+def test_what_somebody_looks_at_in_a_mixed_block_is_done(name: str, calls: list[str]) -> None:
+    made, map = block("attention on means"), given("attention on means", 2)
+    MIXED_CHANGES[name](made)
+    again = copy.deepcopy(made)
+    low = name == "weights in bfloat16"
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+        got = made(Features(map)).map
+        assert "infer_mixed" not in calls
+        with torch.enable_grad():
+            want = again(Features(map.clone().requires_grad_())).map
+    assert error(got, want.detach()) < (0.01 if low else 1e-5)
+
+
+@pytest.mark.parametrize("part", [{"position": RelativeBias()}, {"position": RoPE()}, {"norm": LayerNorm}])
+def test_mixed_blocks_of_other_parts_are_left_to_themselves(part: dict[str, object], calls: list[str]) -> None:
+    torch.manual_seed(0)
+    made, map = NTB(Site.at(256, 14), **part).eval(), given("attention on means", 2)
+    assert error(inferred(made, map), exactly(made, map)) < 1e-6
+    assert "infer_mixed" not in calls
 
 
 @pytest.mark.parametrize("part", [{"act": GELU}, {"norm": LayerNorm}, {"mlp_residual": partial(Residual, scale=2.0)}])

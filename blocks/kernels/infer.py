@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from blocks.base import Grid, Norm
+from blocks.kernels import attention, native, products
 from blocks.kernels import conv as kernel
-from blocks.kernels import native, products
 from blocks.kernels.folded import Convolution, conv_norm, folds, norm_into_linear
 from blocks.kernels.layers import fits
 from blocks.kernels.linear import ROWS, Linear, eager, linear_relu, precision, unhooked
@@ -39,10 +39,30 @@ class Shape(ctypes.Structure):
     ]
 
 
+class Mixed(ctypes.Structure):
+    _fields_ = [
+        ("batch", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("height", "width", "heads", "pool", "groups", "threads")),
+        *((name, ctypes.c_int64) for name in ("attn", "conv", "hidden")),
+        *((name, ctypes.c_double) for name in ("norm", "pooled", "project", "eps1", "eps2")),
+        *((name, ctypes.c_int32) for name in ("last", "layers")),
+    ]
+
+
 @cache
-def _room(dtype: torch.dtype, *sizes: float) -> int:
+def _room(kind: type[Shape] | type[Mixed], dtype: torch.dtype, *sizes: float) -> int:
     """Bytes that the kernel works in."""
-    return native.room("infer_room", dtype, Shape(*sizes))[0]
+    return native.room("infer_room" if kind is Shape else "mixed_room", dtype, kind(*sizes))[0]
+
+
+class Attending(NamedTuple):
+    """Attention on means of `pool` tokens, behind a norm; another norm is on the means, where these are of several."""
+
+    norm: Norm
+    layers: Sequence[nn.Module]  # to queries, keys and values, and behind these
+    heads: int
+    pool: int
+    pooled: Norm | None
 
 
 class Half(NamedTuple):
@@ -74,6 +94,50 @@ def convolved_onto(
         return _run(x, None, grid, _half(norm, known.groups, [known.weight], []), layer, second)
     made = conv_norm(*conv, map)
     return None if made is None else _run(x, made(map).permute(0, 2, 3, 1), grid, NO_CONV, layer, second)
+
+
+def mixed(
+    x: Tensor,
+    grid: Grid,
+    attn: Attending,
+    project: tuple[nn.Module, Norm],
+    conv: Convolution,
+    layer: nn.Module,
+    behind: Behind,
+) -> Tensor | None:
+    """`z + mlp(norm(z))`, where z has two parts side by side: y, which is `x` and its attention's branch, and what
+    `project` makes of y, with the branch of a convolution added; of tokens `(B, N, C)` on a grid.
+
+    None where there is no kernel for it.
+    """
+    (down, down_norm), (first, norm, act) = project, conv
+    layers = [each for each in (*attn.layers, down, layer) if isinstance(each, Linear)]
+    norms = [attn.norm, attn.pooled, down_norm, norm]
+    if not _serves(x) or [type(each) for each in layers] != [Linear] * 6 or not unhooked(*layers):
+        return None
+    if not isinstance(first, nn.Conv2d) or first.bias is not None or type(act) is not ReLU:
+        return None
+    (b, n, dim), wide = x.shape, first.in_channels
+    known = [each for each in norms if each is not None]
+    if wide % kernel.LANES or not all(folds(each, x, first, act) for each in known):
+        return None
+    if not attention.fits(b * attn.heads, n, n // attn.pool, dim // attn.heads, x.dtype):
+        return None
+    made = x.new_empty(b, n, dim + wide)
+    second = _mlp(*behind, made)
+    if second is None or not kernel.chosen(first, x.new_empty(b, *grid, wide).permute(0, 3, 1, 2), x.dtype):
+        return None
+    each, fixed = [[layer.weight, layer.bias] for layer in layers], [_affine(norm) for norm in norms]
+    attended = [*fixed[0], *each[0], *each[1], *each[2], *fixed[1], *each[3], *each[4], *fixed[2]]
+    branches, last = [first.weight, *fixed[3], *each[5], *second.parts], _last(first.weight)
+    if not _reads(attended, False) or not _reads(branches, last):
+        return None
+    alone = fits(dim + wide, second.size, dim + wide, x.dtype)
+    counts = (b, *grid, attn.heads, attn.pool, first.groups, torch.get_num_threads(), dim, wide, second.size)
+    sizes = (*counts, *map(_eps, norms), second.eps, last, alone)
+    work = native.space(_room(Mixed, x.dtype, *sizes))
+    native.run("infer_mixed", x.dtype, Mixed(*sizes), x, native.places([*attended, *branches]), work, made)
+    return made
 
 
 def linear_onto(x: Tensor, y: Tensor, layer: nn.Module) -> Tensor | None:
@@ -121,9 +185,20 @@ def _plain(mlp: nn.Module) -> TypeGuard[Mlp]:
     return type(mlp.fc1) is Linear and type(mlp.fc2) is Linear and unhooked(mlp, *mlp.children())
 
 
-def _half(norm: nn.Module, size: int, before: Sequence[Tensor | None], behind: Sequence[Tensor | None]) -> Half:
+def _affine(norm: Norm | None) -> list[Tensor | None]:
+    """What the kernel is told of a batch norm of fixed statistics, or of none."""
+    if norm is None:
+        return [None] * 4
     bn = cast(nn.BatchNorm2d, norm.bn)
-    return Half([*before, bn.weight, bn.bias, bn.running_mean, bn.running_var, *behind], size, bn.eps)
+    return [bn.weight, bn.bias, bn.running_mean, bn.running_var]
+
+
+def _eps(norm: Norm | None) -> float:
+    return 0.0 if norm is None else cast(nn.BatchNorm2d, norm.bn).eps
+
+
+def _half(norm: Norm, size: int, before: Sequence[Tensor | None], behind: Sequence[Tensor | None]) -> Half:
+    return Half([*before, *_affine(norm), *behind], size, _eps(norm))
 
 
 def _mlp(norm: Norm, mlp: nn.Module, x: Tensor) -> Half | None:
@@ -136,18 +211,27 @@ def _mlp(norm: Norm, mlp: nn.Module, x: Tensor) -> Half | None:
     return _half(norm, first.out_features, [], [first.weight, first.bias, last.weight, last.bias])
 
 
+def _last(weight: Tensor | None) -> bool:
+    """Whether the channels that come in lie side by side in a convolution's weight."""
+    return weight is not None and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _reads(parts: Sequence[Tensor | None], last: bool) -> bool:
+    """Whether the kernel reads parameters that lie as these do; with `last` the first is a weight whose channels do."""
+    if not eager(*parts) or any(p is not None and p.dtype is not torch.float32 for p in parts):
+        return False
+    return all(t is None or t.is_contiguous() for t in parts[last:])
+
+
 def _run(x: Tensor, y: Tensor | None, grid: Grid, conv: Half, layer: nn.Linear | None, mlp: Half) -> Tensor | None:
     """The kernel, with `y` for what a convolution gives where there is none."""
-    filters, own = conv.parts[0], [None, None] if layer is None else [layer.weight, layer.bias]
-    parts = [*conv.parts, *own, *mlp.parts]
-    last = filters is not None and filters.is_contiguous(memory_format=torch.channels_last)
-    if not eager(*parts) or any(p is not None and p.dtype is not torch.float32 for p in parts):
-        return None
-    if not all(t is None or t.is_contiguous() for t in (y, *parts[last:])) or not (y is None or y.dtype is x.dtype):
+    own = [None, None] if layer is None else [layer.weight, layer.bias]
+    parts, last = [*conv.parts, *own, *mlp.parts], _last(conv.parts[0])
+    if not _reads(parts, last) or not (y is None or (y.is_contiguous() and y.dtype is x.dtype and eager(y))):
         return None
     dim = x.shape[2]
     alone = bool(mlp.size) and fits(dim, mlp.size, dim, x.dtype)
     sizes = (len(x), *grid, conv.size, torch.get_num_threads(), dim, mlp.size, conv.eps, mlp.eps, last, alone)
-    made, work = x if layer is None else torch.empty_like(x), native.space(_room(x.dtype, *sizes))
+    made, work = x if layer is None else torch.empty_like(x), native.space(_room(Shape, x.dtype, *sizes))
     native.run("infer_branches", x.dtype, Shape(*sizes), x, y, native.places(parts), work, made)
     return made
