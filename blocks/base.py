@@ -275,6 +275,14 @@ class Block(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: Features) -> Features: ...
 
+    def planned(self, features: Features) -> Features | None:
+        """What `forward` gives without gradients, by calls of kernels alone; None where it takes more than that.
+
+        The kernels may be called later (`blocks.kernels.ahead`): it may ask for the shapes of what it is given, and of
+        what it gives, but not for a number.
+        """
+        return None
+
     def keep(self, parts: frozenset[str]) -> frozenset[str]:
         """Told which parts of the output are read, gives which parts of the input it reads for them.
 

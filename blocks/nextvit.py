@@ -271,6 +271,15 @@ class NCB(Block):
         self.mlp = Mlp(here.inside("mlp"), mlp_ratio, act, round_to=32)
         self.mlp_residual = mlp_residual(here)
 
+    def planned(self, features: Features) -> Features | None:
+        if self.embed.proj is not None or not unhooked(self.embed) or type(self.mixer) is not MHCA:
+            return None
+        if not (unhooked(self.mixer) and adds(self.mixer_residual) and adds(self.mlp_residual)):
+            return None
+        x, grid, mixer = tokens(features.map), (features.map.shape[2], features.map.shape[3]), self.mixer
+        made = convolved_onto(x, grid, (mixer.conv, mixer.norm, mixer.act), mixer.proj, (self.norm, self.mlp))
+        return None if made is None else features.replace(map=to_map(made, grid))
+
     def forward(self, features: Features) -> Features:
         map = self.embed(features.map)
         grid = (map.shape[2], map.shape[3])
@@ -357,6 +366,13 @@ class NTB(Block):
         x = torch.cat([x, y], dim=2)
         x = added_mlp(self.mlp_residual, self.norm2, self.mlp, x, grid)
         return features.replace(map=to_map(x, grid))
+
+    def planned(self, features: Features) -> Features | None:
+        if self.embed.proj is not None or not unhooked(self.embed):
+            return None
+        grid = (features.map.shape[2], features.map.shape[3])
+        made = self.inferred(tokens(features.map), grid)
+        return None if made is None else features.replace(map=to_map(made, grid))
 
     def inferred(self, x: Tensor, grid: Grid) -> Tensor | None:
         """What comes of tokens behind `embed`, in one call without gradients; None where that is not possible."""

@@ -100,14 +100,27 @@ class TNT(Block):
             return kernel.run(self.inner, words)
         return tokens(self.inner(Features(to_map(words, self.word_grid), turn=turn)).map)
 
+    def planned(self, features: Features) -> Features | None:
+        words, outer = features.words, self.outer
+        if words is None or type(outer) is not Encoder or not unhooked(outer):
+            return None
+        if not kernel.serves(self.inner, words) or not kernel.as_it_is(self.inner, words):
+            return None
+        both = self.onto(kernel.run(self.inner, words), features)
+        made = None if both is None else outer.encoded(features, both[1])
+        return None if both is None or made is None else made.replace(words=both[0])
+
+    def onto(self, words: Tensor, features: Features) -> tuple[Tensor, Tensor] | None:
+        """The words, and the tokens with what these words add to them; None where there is no kernel for it."""
+        map, parts = features.map, (self.norm1_proj, self.proj, self.norm2_proj)
+        return words_onto(words, map.shape[0], *parts, tokens(map), features.prefix)
+
     def forward(self, features: Features) -> Features:
         map, words = features.map, features.words
         assert words is not None
         words = self.mix(words, features.turn)
         if type(self.outer) is Encoder and unhooked(self.outer):
-            both = words_onto(
-                words, map.shape[0], self.norm1_proj, self.proj, self.norm2_proj, tokens(map), features.prefix
-            )
+            both = self.onto(words, features)
             if both is not None:
                 return self.outer.encode(features, both[1]).replace(words=both[0])
         if self.norm2_proj is None:

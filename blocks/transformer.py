@@ -81,6 +81,18 @@ class Encoder(Block):
             return self.encode(features, x, own=False)
         return self.encode(features, torch.cat([features.prefix, x], dim=1))
 
+    def planned(self, features: Features) -> Features | None:
+        x = tokens(features.map) if features.prefix is None else joined(features.prefix, tokens(features.map))
+        return None if x is None or type(self) is not Encoder else self.encoded(features, x)
+
+    def encoded(self, features: Features, x: Tensor) -> Features | None:
+        """`encode` in one kernel; None where that is not possible."""
+        count = 0 if features.prefix is None else features.prefix.shape[1]
+        made = kernel.encode(self, x, count if self.prefix_only else None)
+        if made is None:
+            return None
+        return features.replace(prefix=made) if self.prefix_only else self._apart(features, made, count)
+
     def encode(self, features: Features, x: Tensor, own: bool = True) -> Features:
         """`forward`, of the prefix and the map that lie in `x` as tokens; of `features` grid and prefix are read.
 
@@ -89,9 +101,9 @@ class Encoder(Block):
         grid, prefix = (features.map.shape[2], features.map.shape[3]), features.prefix
         count = 0 if prefix is None else prefix.shape[1]
         mixer, residual = self.mixer, self.mixer_residual
-        made = kernel.encode(self, x, count if self.prefix_only else None) if type(self) is Encoder else None
+        made = self.encoded(features, x) if type(self) is Encoder else None
         if made is not None:
-            return features.replace(prefix=made) if self.prefix_only else self._apart(features, made, count)
+            return made
         multiplies = type(mixer) is Attention and type(mixer.qkv) is Linear and unhooked(mixer, mixer.qkv)
         x, y = add_norm(x, self.norm1, multiplies) or (x, self.norm1(x))
         turn = {"turn": features.turn} if mixer.by_turn else {}
@@ -122,3 +134,15 @@ class Encoder(Block):
 
     def _feed_forward(self, x: Tensor, y: Tensor, grid: Grid) -> Tensor:
         return self.mlp_residual(y if self.norm_stream else x, self.mlp(y, grid))
+
+
+def joined(prefix: Tensor, x: Tensor) -> Tensor | None:
+    """`torch.cat([prefix, x], dim=1)` of tokens that lie so already, parts of one tensor; None where they do not."""
+    (batch, count, dim), step = prefix.shape, prefix.stride()
+    behind = x.data_ptr() == prefix.data_ptr() + count * dim * prefix.element_size() and x.dtype is prefix.dtype
+    if not behind or x.untyped_storage().data_ptr() != prefix.untyped_storage().data_ptr():
+        return None
+    # Of a single sample the distance to the next says nothing.
+    if not step[1:] == x.stride()[1:] == (dim, 1) or (batch > 1 and x.stride(0) != step[0]):
+        return None
+    return prefix.as_strided((batch, count + x.shape[1], dim), step)

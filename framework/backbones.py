@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blocks.base import PARTS, Block, BlockFactory, BuildError, Features, NoPosition, NormFactory, Position, Shape, Site
+from blocks.kernels.ahead import through
 from blocks.norms import LayerNorm
 from blocks.stems import PatchStem
 from framework.build import Section, check_block, check_rate, compose, make_block, meta_features, quiet_meta
@@ -124,8 +125,7 @@ class Composed(Backbone):
 
     def forward(self, images: Tensor) -> Features:
         features = Features(images.contiguous(memory_format=torch.channels_last))
-        for block in self.chain():
-            features = block(features)
+        features = through(self.chain(), features)
         norm = cast(Any, self.norm)
         if "map" in self.kept:
             features = features.replace(map=norm.on_map(features.map))

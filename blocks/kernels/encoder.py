@@ -126,7 +126,7 @@ def _room(settings: Settings) -> list[int]:
 def _made(x: Tensor, settings: Settings) -> Tensor:
     """Room for the result."""
     batch, _, rows, dim, *_ = settings[1]
-    return x.new_empty(batch, rows, dim)
+    return native.fresh("tokens", (batch, rows, dim), x.dtype)
 
 
 def _infer(x: Tensor, settings: Settings, parts: Sequence[Tensor | None]) -> Tensor:

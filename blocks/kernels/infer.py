@@ -92,6 +92,8 @@ def convolved_onto(
     known = first if isinstance(first, nn.Conv2d) and first.bias is None and type(act) is ReLU else None
     if known is not None and folds(norm, x, known, act) and kernel.chosen(known, map, x.dtype):
         return _run(x, None, grid, _half(norm, known.groups, [known.weight], []), layer, second)
+    if native.planned() is not None:  # what oneDNN gives cannot wait
+        return None
     made = conv_norm(*conv, map)
     return None if made is None else _run(x, made(map).permute(0, 2, 3, 1), grid, NO_CONV, layer, second)
 
@@ -123,7 +125,7 @@ def mixed(
         return None
     if not attention.fits(b * attn.heads, n, n // attn.pool, dim // attn.heads, x.dtype):
         return None
-    made = x.new_empty(b, n, dim + wide)
+    made = native.fresh("map", (b, n, dim + wide), x.dtype)
     second = _mlp(*behind, made)
     if second is None or not kernel.chosen(first, x.new_empty(b, *grid, wide).permute(0, 3, 1, 2), x.dtype):
         return None
@@ -232,6 +234,7 @@ def _run(x: Tensor, y: Tensor | None, grid: Grid, conv: Half, layer: nn.Linear |
     dim = x.shape[2]
     alone = bool(mlp.size) and fits(dim, mlp.size, dim, x.dtype)
     sizes = (len(x), *grid, conv.size, torch.get_num_threads(), dim, mlp.size, conv.eps, mlp.eps, last, alone)
-    made, work = x if layer is None else torch.empty_like(x), native.space(_room(Shape, x.dtype, *sizes))
+    made = x if layer is None else native.fresh("map", x.shape, x.dtype)
+    work = native.space(_room(Shape, x.dtype, *sizes))
     native.run("infer_branches", x.dtype, Shape(*sizes), x, y, native.places(parts), work, made)
     return made

@@ -73,6 +73,13 @@ def run(block: Any, words: Tensor) -> Tensor:
     return y.to(words.dtype).transpose(1, 2)
 
 
+def as_it_is(block: nn.Module, words: Tensor) -> bool:
+    """Whether the kernel, where it serves, reads words and parameters where they lie, without a copy of them."""
+    if words.dtype is not torch.float32 or not words.is_cpu or not words.transpose(1, 2).is_contiguous():
+        return False
+    return eager(*parameters(block)) and all(p is None or p.is_contiguous() for p in parameters(block))
+
+
 def kept(residual: Residual, x: Tensor) -> Tensor | None:
     """What stochastic depth multiplies a branch of each set by: the numbers that `residual` would draw, or None."""
     if not residual.training or residual.rate == 0.0:
@@ -172,7 +179,7 @@ def _inner(
 ) -> Tensor:  # fmt: skip
     """The block on float32 words `(sets, c, m)`; `s1`, `s2` `(sets,)` scale its two branches."""
     params = [norm1_w, norm1_b, qkv_w, qkv_b, proj_w, proj_b, norm2_w, norm2_b, fc1_w, fc1_b, fc2_w, fc2_b]
-    y = torch.empty_like(x)
+    y = native.fresh("words", x.shape, x.dtype)
     call("inner_forward", precision, x, params, [s1, s2], (heads, eps1, eps2), y)
     return y
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -171,6 +173,48 @@ def _named(name: str, dtype: torch.dtype) -> str:
 Part = Tensor | ctypes.Structure | ctypes.Array[Any] | None
 
 
+class Plan:
+    """Calls of kernels that are made together, later: within `with plan:` nothing runs, and no number may be read.
+
+    What they give lies in few pieces of memory: of each kind (`fresh`) two, in turn, since a call reads what the one
+    before it gave, and nobody reads what that one read.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, list[Any], tuple[Part, ...], str]] = []
+        self.pieces: dict[tuple[str, int], Tensor] = {}
+        self.turns: dict[str, int] = {}
+
+    def __enter__(self) -> Plan:
+        _local.plan = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _local.plan = None
+
+    def run(self) -> None:
+        """Makes the calls, and forgets them and the memory. Raises MemoryError: a kernel had none to work in."""
+        calls, self.calls, self.pieces = self.calls, [], {}
+        for kernel, given, _, name in calls:
+            _made(kernel, given, name)
+
+    def piece(self, kind: str, size: int, turns: bool) -> Tensor:
+        """So many bytes, which the last call but one of this kind had, or the last."""
+        turn = self.turns[kind] = self.turns.get(kind, 0) ^ turns
+        found = self.pieces.get((kind, turn))
+        if found is None or len(found) < size:
+            found = self.pieces[kind, turn] = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return found[:size]
+
+
+_local = threading.local()
+
+
+def planned() -> Plan | None:
+    """The plan that this thread makes at the moment."""
+    return getattr(_local, "plan", None)
+
+
 def run(name: str, dtype: torch.dtype, *parts: Part) -> None:
     """The kernel of that name for `dtype`, which takes the places of structures, arrays and tensors, and no numbers.
 
@@ -180,7 +224,14 @@ def run(name: str, dtype: torch.dtype, *parts: Part) -> None:
     given = [
         part.data_ptr() if isinstance(part, Tensor) else None if part is None else ctypes.byref(part) for part in parts
     ]
-    kernel = _taking(library(), _named(name, dtype), len(given) + 1)
+    kernel, plan = _taking(library(), _named(name, dtype), len(given) + 1), planned()
+    if plan is None:
+        _made(kernel, given, name)
+    else:
+        plan.calls.append((kernel, given, parts, name))  # with the parts, which are to live as long
+
+
+def _made(kernel: Any, given: list[Any], name: str) -> None:
     if kernel(*given, threads()):
         raise MemoryError(f"{name} had no memory to work in")
 
@@ -193,13 +244,22 @@ def places(tensors: Sequence[Tensor | None]) -> ctypes.Array[Any]:
 def room(name: str, dtype: torch.dtype, shape: ctypes.Structure) -> list[int]:
     """What a kernel of that name says of bytes: that its forward pass keeps, and that each pass works in."""
     found = (ctypes.c_int64 * 4)()
-    run(name, dtype, shape, found)
+    _made(_taking(library(), _named(name, dtype), 3), [ctypes.byref(shape), ctypes.byref(found)], name)
     return list(found)
 
 
-def space(size: int) -> Tensor:
-    """Memory of so many bytes."""
-    return torch.empty(size, dtype=torch.uint8, device="cpu")
+def space(size: int, kind: str = "work") -> Tensor:
+    """Memory of so many bytes for a kernel to work in; calls that are planned together share that of a kind."""
+    plan = planned()
+    return torch.empty(size, dtype=torch.uint8, device="cpu") if plan is None else plan.piece(kind, size, turns=False)
+
+
+def fresh(kind: str, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for what a kernel gives: where calls are planned, that of a kind in turns."""
+    plan = planned()
+    if plan is None:
+        return torch.empty(size, dtype=dtype, device="cpu")
+    return plan.piece(kind, math.prod(size) * dtype.itemsize, turns=True).view(dtype).view(size)
 
 
 @cache

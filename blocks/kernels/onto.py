@@ -97,8 +97,8 @@ def _forward(
     """The tokens, and what the backward pass wants."""
     dtype, sizes, eps = settings
     (batch, count, before, _, _, dim), (keeps, works, *_) = sizes, _room(dtype, *sizes)
-    kept, work = native.space(keeps), native.space(works)
-    made = rows.new_empty(batch, before + count, dim)
+    kept, work = native.space(keeps, "kept"), native.space(works)
+    made = native.fresh("joined", (batch, before + count, dim), rows.dtype)
     shape, places = Shape(*sizes, torch.get_num_threads(), *eps), (Rows.of(x), Rows.of(prefix))
     native.run("onto_forward", dtype, shape, rows, native.places(parts), *places, kept, work, made)
     return made, kept
