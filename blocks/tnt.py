@@ -102,7 +102,7 @@ class TNT(Block):
 
     def planned(self, features: Features) -> Features | None:
         words, outer = features.words, self.outer
-        if words is None or type(outer) is not Encoder or not unhooked(outer):
+        if self.legacy or words is None or type(outer) is not Encoder or not unhooked(outer):
             return None
         if not kernel.serves(self.inner, words) or not kernel.as_it_is(self.inner, words):
             return None
