@@ -159,6 +159,11 @@ class Downsample(nn.Module):
         self.proj = None if same else linear(dim, out, bias=False)
         self.norm = None if same else norm(out)
 
+    @property
+    def idle(self) -> bool:
+        """Whether it is the identity, and nobody looks."""
+        return self.proj is None and unhooked(self)
+
     def forward(self, map: Tensor) -> Tensor:
         if self.proj is None or self.norm is None:
             return map
@@ -197,17 +202,34 @@ def added_mhca(
     behind: tuple[Residual, Norm, FeedForward] | None = None,
 ) -> Tensor:
     """`residual(x, mixer(x, grid))`, and of that `added_mlp`, if there is something behind it."""
-    known = mixer if isinstance(mixer, MHCA) and type(mixer) is MHCA and unhooked(mixer) else None
-    made = None
+    made = inferred_mhca(residual, mixer, x, grid, behind)
+    if made is not None:
+        return made
+    known = _known_mhca(mixer)
     if known is not None:
-        parts = (known.conv, known.norm, known.act)
-        if adds(residual) and (behind is None or adds(behind[0])):
-            made = convolved_onto(x, grid, parts, known.proj, None if behind is None else behind[1:])
-            if made is not None:
-                return made
-        made = conv_branch(residual, x, grid, parts, known.proj)
+        made = conv_branch(residual, x, grid, (known.conv, known.norm, known.act), known.proj)
     x = added(residual, x, mixer(x, grid), mixer if known is None else known.proj) if made is None else made
     return x if behind is None else added_mlp(*behind, x, grid, fresh=adds(residual))
+
+
+def inferred_mhca(
+    residual: Residual,
+    mixer: Mixer,
+    x: Tensor,
+    grid: Grid,
+    behind: tuple[Residual, Norm, FeedForward] | None = None,
+) -> Tensor | None:
+    """`added_mhca` in one call without gradients; None where that is not possible."""
+    known = _known_mhca(mixer)
+    if known is None or not adds(residual) or not (behind is None or adds(behind[0])):
+        return None
+    parts = (known.conv, known.norm, known.act)
+    return convolved_onto(x, grid, parts, known.proj, None if behind is None else behind[1:])
+
+
+def _known_mhca(mixer: Mixer) -> MHCA | None:
+    """A mixer that is an MHCA, no subclass of it, at which nobody looks."""
+    return mixer if isinstance(mixer, MHCA) and type(mixer) is MHCA and unhooked(mixer) else None
 
 
 def added_emhsa(residual: Residual, mixer: Mixer, x: Tensor, normed: Tensor, grid: Grid) -> Tensor:
@@ -272,12 +294,10 @@ class NCB(Block):
         self.mlp_residual = mlp_residual(here)
 
     def planned(self, features: Features) -> Features | None:
-        if self.embed.proj is not None or not unhooked(self.embed) or type(self.mixer) is not MHCA:
+        if not self.embed.idle:
             return None
-        if not (unhooked(self.mixer) and adds(self.mixer_residual) and adds(self.mlp_residual)):
-            return None
-        x, grid, mixer = tokens(features.map), (features.map.shape[2], features.map.shape[3]), self.mixer
-        made = convolved_onto(x, grid, (mixer.conv, mixer.norm, mixer.act), mixer.proj, (self.norm, self.mlp))
+        x, grid = tokens(features.map), (features.map.shape[2], features.map.shape[3])
+        made = inferred_mhca(self.mixer_residual, self.mixer, x, grid, (self.mlp_residual, self.norm, self.mlp))
         return None if made is None else features.replace(map=to_map(made, grid))
 
     def forward(self, features: Features) -> Features:
@@ -368,7 +388,7 @@ class NTB(Block):
         return features.replace(map=to_map(x, grid))
 
     def planned(self, features: Features) -> Features | None:
-        if self.embed.proj is not None or not unhooked(self.embed):
+        if not self.embed.idle:
             return None
         grid = (features.map.shape[2], features.map.shape[3])
         made = self.inferred(tokens(features.map), grid)
@@ -377,9 +397,9 @@ class NTB(Block):
     def inferred(self, x: Tensor, grid: Grid) -> Tensor | None:
         """What comes of tokens behind `embed`, in one call without gradients; None where that is not possible."""
         attn, conv = self.attn, self.conv
-        if torch.is_grad_enabled() or type(attn) is not EMHSA or type(conv) is not MHCA:
+        if torch.is_grad_enabled() or type(attn) is not EMHSA or _known_mhca(conv) is None:
             return None
-        if type(attn.position) is not ScorePosition or not unhooked(attn, attn.position, conv, self.project):
+        if type(attn.position) is not ScorePosition or not unhooked(attn, attn.position, self.project):
             return None
         if not all(adds(each) for each in (self.attn_residual, self.conv_residual, self.mlp_residual)):
             return None

@@ -82,7 +82,7 @@ class Encoder(Block):
         return self.encode(features, torch.cat([features.prefix, x], dim=1))
 
     def planned(self, features: Features) -> Features | None:
-        x = tokens(features.map) if features.prefix is None else joined(features.prefix, tokens(features.map))
+        x = tokens(features.map) if features.prefix is None else as_one(features.prefix, tokens(features.map))
         return None if x is None or type(self) is not Encoder else self.encoded(features, x)
 
     def encoded(self, features: Features, x: Tensor) -> Features | None:
@@ -136,7 +136,7 @@ class Encoder(Block):
         return self.mlp_residual(y if self.norm_stream else x, self.mlp(y, grid))
 
 
-def joined(prefix: Tensor, x: Tensor) -> Tensor | None:
+def as_one(prefix: Tensor, x: Tensor) -> Tensor | None:
     """`torch.cat([prefix, x], dim=1)` of tokens that lie so already, parts of one tensor; None where they do not."""
     (batch, count, dim), step = prefix.shape, prefix.stride()
     behind = x.data_ptr() == prefix.data_ptr() + count * dim * prefix.element_size() and x.dtype is prefix.dtype

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -137,13 +138,11 @@ class Composed(Backbone):
         kept = self.kept
         self.keep(PARTS)  # a block that serves the class token alone would leave its map as it was
         try:
-            taps = set(self.taps)
-            features = Features(images.contiguous(memory_format=torch.channels_last))
+            features, chain = Features(images.contiguous(memory_format=torch.channels_last)), self.chain()
             maps = []
-            for i, block in enumerate(self.chain()):
-                features = block(features)
-                if i in taps:
-                    maps.append(features.map)
+            for start, end in pairwise([-1, *self.taps]):
+                features = through(chain[start + 1 : end + 1], features)
+                maps.append(features.map)
             return maps
         finally:
             self.keep(kept)

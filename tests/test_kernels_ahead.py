@@ -11,22 +11,19 @@ from torch import Tensor, nn
 
 from blocks.attention import Attention
 from blocks.base import Block, Features, Shape, Site, Words
-from blocks.kernels import native, products
+from blocks.kernels import native
 from blocks.kernels.ahead import through
 from blocks.nextvit import NCB, NTB
 from blocks.tnt import TNT
-from blocks.transformer import Encoder, joined
+from blocks.transformer import Encoder, as_one
 from tests.contract import features, randomise
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no kernels on this machine")
+pytestmark = [
+    pytest.mark.skipif(native.library() is None, reason="no kernels on this machine"),
+    pytest.mark.usefixtures("ours"),
+]
 
 SIDE = 14
-
-
-@pytest.fixture(autouse=True)
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a look at the clock."""
-    monkeypatch.setattr(products, "_smallest", lambda: 0.0)
 
 
 @pytest.fixture
@@ -124,6 +121,19 @@ def test_what_is_looked_at_is_there(name: str) -> None:
     assert torch.equal(behind, alone[3])
 
 
+def test_who_looks_at_all_modules_sees_the_blocks(runs: list[int]) -> None:
+    blocks, seen = chain("encoders"), []
+    x = given(blocks, 2)
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *args: seen.append(module))
+    try:
+        with torch.no_grad():
+            through(blocks, x)
+    finally:
+        hook.remove()
+    assert [module for module in seen if module in blocks] == blocks
+    assert not runs
+
+
 def test_what_goes_in_stays_and_is_held(runs: list[int]) -> None:
     blocks = chain("encoders")
     x = given(blocks, 2)
@@ -178,11 +188,11 @@ def test_tokens_that_lie_together_are_one_tensor(batch: int) -> None:
         return x[:, :2], x[:, 2:]
 
     whole = torch.randn(batch, 7, 8)
-    found = joined(*parts(whole))
+    found = as_one(*parts(whole))
     assert found is not None
     assert torch.equal(found, whole)
     assert found.data_ptr() == whole.data_ptr()
-    assert joined(whole[:, :2], whole[:, 3:]) is None
-    assert joined(whole[:, 2:4], whole[:, :2]) is None
-    assert joined(whole[:, :2].clone(), whole[:, 2:]) is None
-    assert joined(whole[:, :2, :4], whole[:, 2:, :4]) is None
+    assert as_one(whole[:, :2], whole[:, 3:]) is None
+    assert as_one(whole[:, 2:4], whole[:, :2]) is None
+    assert as_one(whole[:, :2].clone(), whole[:, 2:]) is None
+    assert as_one(whole[:, :2, :4], whole[:, 2:, :4]) is None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from blocks import residual
 from blocks.base import Site
-from blocks.kernels import batch_norm, branch, native, products
+from blocks.kernels import batch_norm, branch, native
 from blocks.mlp import GELU, Mlp
 from blocks.nextvit import NCB, NTB
 from blocks.norms import BatchNorm, LayerNorm, NoNorm
@@ -20,18 +20,15 @@ from blocks.residual import Residual
 from tests.contract import features, randomise
 from tests.kernels import again_alike, trained
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no kernels on this machine")
+pytestmark = [
+    pytest.mark.skipif(native.library() is None, reason="no kernels on this machine"),
+    pytest.mark.usefixtures("ours"),
+]
 
 BLOCKS: dict[str, Callable[[], NCB | NTB]] = {
     "ncb": lambda: NCB(Site.at(32, 6)),
     "ntb": lambda: NTB(Site.at(64, 6, dim=128), sr_ratio=2),
 }
-
-
-@pytest.fixture(autouse=True)
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a look at the clock."""
-    monkeypatch.setattr(products, "_smallest", lambda: 0.0)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from blocks import nextvit, residual
 from blocks.base import Features, Site
-from blocks.kernels import conv, native, products
+from blocks.kernels import conv, native
 from blocks.kernels.conv_branch import conv_branch
 from blocks.mlp import GELU
 from blocks.nextvit import MHCA, NCB
@@ -21,15 +21,12 @@ from blocks.residual import Residual
 from tests.contract import features, randomise
 from tests.kernels import FORMS, again_alike, error, in_form, saved_bytes, trained
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no kernels on this machine")
+pytestmark = [
+    pytest.mark.skipif(native.library() is None, reason="no kernels on this machine"),
+    pytest.mark.usefixtures("ours"),
+]
 
 WIDTH, SIDE = 64, conv.SIDE
-
-
-@pytest.fixture(autouse=True)
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a look at the clock."""
-    monkeypatch.setattr(products, "_smallest", lambda: 0.0)
 
 
 @pytest.fixture(params=FORMS)

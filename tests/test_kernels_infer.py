@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blocks.base import Features, Site
-from blocks.kernels import conv, infer, native, products
+from blocks.kernels import conv, infer, native
 from blocks.mlp import GELU
 from blocks.nextvit import NCB, NTB
 from blocks.norms import LayerNorm
@@ -21,7 +21,10 @@ from blocks.residual import Residual
 from tests.contract import features, randomise
 from tests.kernels import FORMS, error, in_form
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no kernels on this machine")
+pytestmark = [
+    pytest.mark.skipif(native.library() is None, reason="no kernels on this machine"),
+    pytest.mark.usefixtures("ours"),
+]
 
 ONE, PIECES, MIXED = ["infer_branches"], ["infer_branches"] * 3, ["infer_mixed"]
 
@@ -35,12 +38,6 @@ CASES: dict[str, tuple[Callable[[Site], NCB | NTB], int, int, list[str], list[st
     "attention on small maps": (partial(NTB, sr_ratio=2), 128, 5, MIXED, PIECES),
     "attention before": (partial(NTB, head_dim=96), 384, 5, PIECES, PIECES),
 }
-
-
-@pytest.fixture(autouse=True)
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a look at the clock."""
-    monkeypatch.setattr(products, "_smallest", lambda: 0.0)
 
 
 @pytest.fixture
@@ -119,80 +116,80 @@ def look(part: nn.Module) -> None:
     part.register_forward_hook(lambda *args: None)
 
 
-CHANGES: dict[str, tuple[Callable[[NCB], object], int]] = {
-    "a hook on the mixer": (lambda b: look(b.mixer), 1),
-    "a hook on its norm": (lambda b: look(b.mixer.norm.bn), 1),
-    "a hook on its last layer": (lambda b: look(b.mixer.proj), 1),
-    "a hook in the MLP": (lambda b: look(b.mlp.act), 0),
-    "a residual that scales": (lambda b: setattr(b.mlp_residual, "scale", 0.5), 0),
-    "a first residual that scales": (lambda b: setattr(b.mixer_residual, "scale", 0.5), 0),
-    "a norm in training": (lambda b: b.norm.train(), 0),
-    "weights in bfloat16": (lambda b: b.mlp.bfloat16(), 0),
+NONE: list[str] = []
+
+# What is done to a block, and the calls that it still is.
+CHANGES: dict[str, dict[str, tuple[Callable[[Any], object], list[str]]]] = {
+    "small maps": {
+        "a hook on the mixer": (lambda b: look(b.mixer), ONE),
+        "a hook on its norm": (lambda b: look(b.mixer.norm.bn), ONE),
+        "a hook on its last layer": (lambda b: look(b.mixer.proj), ONE),
+        "a hook in the MLP": (lambda b: look(b.mlp.act), NONE),
+        "a residual that scales": (lambda b: setattr(b.mlp_residual, "scale", 0.5), NONE),
+        "a first residual that scales": (lambda b: setattr(b.mixer_residual, "scale", 0.5), NONE),
+        "a norm in training": (lambda b: b.norm.train(), NONE),
+        "weights in bfloat16": (lambda b: b.mlp.bfloat16(), NONE),
+    },
+    "attention on means": {
+        "a hook on the first norm": (lambda b: look(b.norm1.bn), PIECES),
+        "a hook on the attention": (lambda b: look(b.attn), PIECES[1:]),
+        "a hook on the keys": (lambda b: look(b.attn.k), PIECES),
+        "a hook on the keys' norm": (lambda b: look(b.attn.norm), PIECES),
+        "a hook on what turns scores": (lambda b: look(b.attn.position), PIECES),
+        "a hook on the projection": (lambda b: look(b.project), PIECES),
+        "a hook on its layer": (lambda b: look(b.project.proj), PIECES),
+        "a hook on the convolution": (lambda b: look(b.conv), PIECES[1:]),
+        "a hook on its last layer": (lambda b: look(b.conv.proj), PIECES[1:]),
+        "a hook on the MLP": (lambda b: look(b.mlp), PIECES[1:]),
+        "a residual that scales": (lambda b: setattr(b.attn_residual, "scale", 0.5), PIECES[1:]),
+        "a second residual that scales": (lambda b: setattr(b.conv_residual, "scale", 0.5), PIECES[1:]),
+        "a third residual that scales": (lambda b: setattr(b.mlp_residual, "scale", 0.5), PIECES[1:]),
+        "a norm in training": (lambda b: b.project.norm.train(), PIECES),
+        "weights in bfloat16": (lambda b: b.attn.q.bfloat16(), PIECES),
+    },
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_what_somebody_looks_at_is_done(name: str, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    made, map = block("small maps"), given("small maps", 83)
-    change, wanted = CHANGES[name]
-    change(made)
-    again = copy.deepcopy(made)
-    low = name == "weights in bfloat16"
-    with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        got = inferred(made, map)
-        assert calls.count("infer_branches") == wanted
-        with torch.enable_grad():
-            want = again(Features(map.clone().requires_grad_())).map
-    torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=2e-2 if low else 1e-4)
-
-
-MIXED_CHANGES: dict[str, Callable[[NTB], object]] = {
-    "a hook on the first norm": lambda b: look(b.norm1.bn),
-    "a hook on the attention": lambda b: look(b.attn),
-    "a hook on the keys": lambda b: look(b.attn.k),
-    "a hook on the keys' norm": lambda b: look(b.attn.norm),
-    "a hook on what turns scores": lambda b: look(b.attn.position),
-    "a hook on the projection": lambda b: look(b.project),
-    "a hook on its layer": lambda b: look(b.project.proj),
-    "a hook on the convolution": lambda b: look(b.conv),
-    "a hook on its last layer": lambda b: look(b.conv.proj),
-    "a hook on the MLP": lambda b: look(b.mlp),
-    "a residual that scales": lambda b: setattr(b.attn_residual, "scale", 0.5),
-    "a second residual that scales": lambda b: setattr(b.conv_residual, "scale", 0.5),
-    "a third residual that scales": lambda b: setattr(b.mlp_residual, "scale", 0.5),
-    "a norm in training": lambda b: b.project.norm.train(),
-    "weights in bfloat16": lambda b: b.attn.q.bfloat16(),
-}
-
-
-@pytest.mark.parametrize("name", MIXED_CHANGES)
-def test_what_somebody_looks_at_in_a_mixed_block_is_done(name: str, calls: list[str]) -> None:
-    made, map = block("attention on means"), given("attention on means", 2)
-    MIXED_CHANGES[name](made)
-    again = copy.deepcopy(made)
-    low = name == "weights in bfloat16"
+@pytest.mark.parametrize(("name", "change"), [(name, change) for name in CHANGES for change in CHANGES[name]])
+def test_what_somebody_looks_at_is_done(name: str, change: str, calls: list[str]) -> None:
+    made, map = block(name), given(name, 9)
+    act, wanted = CHANGES[name][change]
+    act(made)
+    again, low = copy.deepcopy(made), change == "weights in bfloat16"
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
         got = made(Features(map)).map
-        assert "infer_mixed" not in calls
+        assert calls == wanted
         with torch.enable_grad():
             want = again(Features(map.clone().requires_grad_())).map
     assert error(got, want.detach()) < (0.01 if low else 1e-5)
 
 
-@pytest.mark.parametrize("part", [{"position": RelativeBias()}, {"position": RoPE()}, {"norm": LayerNorm}])
-def test_mixed_blocks_of_other_parts_are_left_to_themselves(part: dict[str, object], calls: list[str]) -> None:
-    torch.manual_seed(0)
-    made, map = NTB(Site.at(256, 14), **part).eval(), given("attention on means", 2)
-    assert error(inferred(made, map), exactly(made, map)) < 1e-6
+def test_who_looks_at_all_modules_sees_them(calls: list[str]) -> None:
+    made, map, seen = block("attention on means"), given("attention on means", 2), []
+    want = inferred(made, map)
+    calls.clear()
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *args: seen.append(module))
+    try:
+        got = inferred(made, map)
+    finally:
+        hook.remove()
+    assert error(got, want) < 1e-5
+    assert {made.attn, made.conv, made.mlp, made.project} <= set(seen)
     assert "infer_mixed" not in calls
 
 
-@pytest.mark.parametrize("part", [{"act": GELU}, {"norm": LayerNorm}, {"mlp_residual": partial(Residual, scale=2.0)}])
-def test_other_parts_are_left_to_themselves(part: dict[str, object], calls: list[str]) -> None:
+OTHERS = [(NCB, "small maps", part) for part in ({"act": GELU}, {"mlp_residual": partial(Residual, scale=2.0)})]
+OTHERS += [(NTB, "attention", part) for part in ({"position": RelativeBias()}, {"position": RoPE()})]
+
+
+@pytest.mark.parametrize(("kind", "name", "part"), [*OTHERS, *((k, n, {"norm": LayerNorm}) for k, n, _ in OTHERS[1:3])])
+def test_other_parts_are_left_to_themselves(
+    kind: type[NCB | NTB], name: str, part: dict[str, Any], calls: list[str]
+) -> None:
     torch.manual_seed(0)
-    made, map = NCB(Site.at(64, 5), **part).eval(), given("small maps", 8)
+    made, map = kind(Site.at(*CASES[name][1:3]), **part).eval(), given(name, 4)
     assert error(inferred(made, map), exactly(made, map)) < 1e-6
-    assert "infer_branches" not in calls
+    assert not set(CASES[name][3]) & set(calls)
 
 
 def test_empty_batches_and_gradients(calls: list[str]) -> None:

@@ -125,9 +125,8 @@ def mixed(
         return None
     if not attention.fits(b * attn.heads, n, n // attn.pool, dim // attn.heads, x.dtype):
         return None
-    made = native.fresh("map", (b, n, dim + wide), x.dtype)
-    second = _mlp(*behind, made)
-    if second is None or not kernel.chosen(first, x.new_empty(b, *grid, wide).permute(0, 3, 1, 2), x.dtype):
+    second, convolved = _mlp(*behind, x), x.new_empty(b, *grid, wide).permute(0, 3, 1, 2)  # such a map as it will see
+    if second is None or not kernel.chosen(first, convolved, x.dtype):
         return None
     each, fixed = [[layer.weight, layer.bias] for layer in layers], [_affine(norm) for norm in norms]
     attended = [*fixed[0], *each[0], *each[1], *each[2], *fixed[1], *each[3], *each[4], *fixed[2]]
@@ -137,7 +136,7 @@ def mixed(
     alone = fits(dim + wide, second.size, dim + wide, x.dtype)
     counts = (b, *grid, attn.heads, attn.pool, first.groups, torch.get_num_threads(), dim, wide, second.size)
     sizes = (*counts, *map(_eps, norms), second.eps, last, alone)
-    work = native.space(_room(Mixed, x.dtype, *sizes))
+    made, work = native.fresh("map", (b, n, dim + wide), x.dtype), native.space(_room(Mixed, x.dtype, *sizes))
     native.run("infer_mixed", x.dtype, Mixed(*sizes), x, native.places([*attended, *branches]), work, made)
     return made
 

@@ -77,7 +77,8 @@ def as_it_is(block: nn.Module, words: Tensor) -> bool:
     """Whether the kernel, where it serves, reads words and parameters where they lie, without a copy of them."""
     if words.dtype is not torch.float32 or not words.is_cpu or not words.transpose(1, 2).is_contiguous():
         return False
-    return eager(*parameters(block)) and all(p is None or p.is_contiguous() for p in parameters(block))
+    parts = parameters(block)
+    return eager(*parts) and all(p is None or p.is_contiguous() for p in parts)
 
 
 def kept(residual: Residual, x: Tensor) -> Tensor | None:

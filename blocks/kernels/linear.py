@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from blocks.kernels import products
 
@@ -59,7 +60,9 @@ def eager(*tensors: Tensor | None) -> bool:
 
 
 def unhooked(*modules: nn.Module) -> bool:
-    """Whether nobody has asked to see what goes into these modules or comes out of them."""
+    """Whether nobody has asked to see what goes into these modules, or into all, or comes out of them."""
+    if _has_any_global_hook():
+        return False
     for m in modules:
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return False

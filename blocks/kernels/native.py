@@ -141,8 +141,8 @@ class Team(ctypes.Structure):
 
 
 @cache
-def team() -> Team | None:
-    """OpenMP's entries for parallel work in the copy that torch uses: a second copy's threads would compete with it."""
+def threads() -> Any:
+    """OpenMP's entries for parallel work, or null, in the copy that torch uses: another's threads would compete."""
     folder = Path(torch.__file__).parent
     for name in [None, *folder.glob("lib/libgomp*"), *folder.parent.glob("torch.libs/libgomp*")]:
         try:
@@ -150,15 +150,8 @@ def team() -> Team | None:
             entries = found.GOMP_parallel, found.omp_get_thread_num
         except (OSError, AttributeError):
             continue
-        return Team(*(ctypes.cast(entry, ctypes.c_void_p) for entry in entries))
-    return None
-
-
-@cache
-def threads() -> ctypes.c_void_p:
-    """Where `team` lies."""
-    found = team()
-    return ctypes.c_void_p(None if found is None else ctypes.addressof(found))
+        return ctypes.pointer(Team(*(ctypes.cast(entry, ctypes.c_void_p) for entry in entries)))
+    return ctypes.POINTER(Team)()
 
 
 def has(name: str, dtype: torch.dtype) -> bool:
@@ -196,7 +189,7 @@ class Plan:
         """Makes the calls, and forgets them and the memory. Raises MemoryError: a kernel had none to work in."""
         calls, self.calls, self.pieces = self.calls, [], {}
         for kernel, given, _, name in calls:
-            _made(kernel, given, name)
+            _make(kernel, given, name)
 
     def piece(self, kind: str, size: int, turns: bool) -> Tensor:
         """So many bytes, which the last call but one of this kind had, or the last."""
@@ -226,12 +219,12 @@ def run(name: str, dtype: torch.dtype, *parts: Part) -> None:
     ]
     kernel, plan = _taking(library(), _named(name, dtype), len(given) + 1), planned()
     if plan is None:
-        _made(kernel, given, name)
+        _make(kernel, given, name)
     else:
         plan.calls.append((kernel, given, parts, name))  # with the parts, which are to live as long
 
 
-def _made(kernel: Any, given: list[Any], name: str) -> None:
+def _make(kernel: Any, given: list[Any], name: str) -> None:
     if kernel(*given, threads()):
         raise MemoryError(f"{name} had no memory to work in")
 
@@ -244,7 +237,7 @@ def places(tensors: Sequence[Tensor | None]) -> ctypes.Array[Any]:
 def room(name: str, dtype: torch.dtype, shape: ctypes.Structure) -> list[int]:
     """What a kernel of that name says of bytes: that its forward pass keeps, and that each pass works in."""
     found = (ctypes.c_int64 * 4)()
-    _made(_taking(library(), _named(name, dtype), 3), [ctypes.byref(shape), ctypes.byref(found)], name)
+    _make(_taking(library(), _named(name, dtype), 3), [ctypes.byref(shape), ctypes.byref(found)], name)
     return list(found)
 
 
@@ -271,7 +264,11 @@ def _taking(library: ctypes.CDLL, name: str, count: int) -> Any:
 
 
 def call(name: str, dtype: torch.dtype, *args: Tensor | ctypes.Array[Any] | float | int | None) -> None:
-    """The same of a kernel that takes numbers too: double, int64, and int for bool; and the number of threads."""
+    """The same of a kernel that takes numbers too: double, int64, and int for bool; and the number of threads.
+
+    It is called at once, and so not within a plan.
+    """
+    assert planned() is None, f"{name} does not wait for what is planned"
     given: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):

@@ -31,6 +31,10 @@ constexpr int64_t PIECE = 2048;  // rows of an MLP at a time, so that what is wi
 // A norm's parameters: weight, bias, mean and variance.
 enum { CONV, NORM1, PROJ_W = NORM1 + 4, PROJ_B, NORM2, FC1_W = NORM2 + 4, FC1_B, FC2_W, FC2_B };
 
+inline Affine affine(const float* const* norm, double eps, int64_t channels) {
+  return {norm[0], norm[1], norm[2], norm[3], eps, channels};
+}
+
 template <class K>
 struct Branches : Linears<typename K::E> {
   using typename Linears<typename K::E>::E;
@@ -52,8 +56,6 @@ struct Branches : Linears<typename K::E> {
           weight1(arena.take<float>(s.few() ? 0 : s.hidden * s.dim)), bias1(arena.take<float>(s.few() ? 0 : s.hidden)) {}
   };
 
-  Affine norm(int at, double eps) const { return {w[at], w[at + 1], w[at + 2], w[at + 3], eps, s.dim}; }
-
   void infer(const E* x, const E* y, const Room& r, E* made) const {
     if (s.groups) y = convolved(x, r);
     if (y) product_onto(x, y, s.rows(), s.dim, w[PROJ_W], s.dim, w[PROJ_B], made);
@@ -62,7 +64,7 @@ struct Branches : Linears<typename K::E> {
 
   const E* convolved(const E* x, const Room& r) const {
     const conv::Shape filters = s.convolution(s.last ? conv::LAST : 0), shape = s.convolution(conv::RELU);
-    folded<Full>(w[CONV], nullptr, norm(NORM1, s.eps1), true, s.dim, 9 * s.each(), r.weight, r.bias, s.threads, parallel);
+    folded<Full>(w[CONV], nullptr, affine(w + NORM1, s.eps1, s.dim), true, s.dim, 9 * s.each(), r.weight, r.bias, s.threads, parallel);
     need(Call::filters(&filters, r.weight, r.filters, parallel));
     need(Call::convolve(&shape, x, r.filters, r.bias, nullptr, r.y, parallel));
     return r.y;
@@ -70,7 +72,7 @@ struct Branches : Linears<typename K::E> {
 
   void mlp(const Room& r, E* made) const {
     const int64_t rows = s.rows(), dim = s.dim, hidden = s.hidden;
-    const Affine norm2 = norm(NORM2, s.eps2);
+    const Affine norm2 = affine(w + NORM2, s.eps2, s.dim);
     const E* from = made;
     const float *weight = w[FC1_W], *bias = w[FC1_B];
     if (s.few()) {
@@ -136,18 +138,16 @@ struct Mixes : Linears<typename K::E> {
           bias(arena.take<float>(m.s.conv)), conv(m.conv_shape, arena), mlp(m.mlp_shape, arena) {}
   };
 
-  Affine norm(int at, double eps, int64_t dim) const { return {w[at], w[at + 1], w[at + 2], w[at + 3], eps, dim}; }
-
   void infer(const E* x, const Room& r, E* made) const {
     const int64_t rows = s.rows(), keys = s.batch * s.keys(), attn = s.attn, conv = s.conv;
-    normalised<K>(x, norm(ATTN_NORM, s.norm, attn), rows, attn, r.normed, s.threads, parallel);
+    normalised<K>(x, affine(w + ATTN_NORM, s.norm, attn), rows, attn, r.normed, s.threads, parallel);
     const E* y = s.pool > 1 ? pool(r) : r.normed;
     product(r.normed, rows, attn, w[Q_W], attn, w[Q_B], r.q);
     product(y, keys, attn, w[K_W], attn, w[K_B], r.k);
     product(y, keys, attn, w[V_W], attn, w[V_B], r.v);
     attend(r);
     product_onto(x, r.seen, rows, attn, w[SEEN_W], attn, w[SEEN_B], r.attended);
-    folded<Full>(w[DOWN_W], w[DOWN_B], norm(DOWN_NORM, s.project, conv), true, conv, attn, r.weight, r.bias, s.threads,
+    folded<Full>(w[DOWN_W], w[DOWN_B], affine(w + DOWN_NORM, s.project, conv), true, conv, attn, r.weight, r.bias, s.threads,
                  parallel);
     product(r.attended, rows, attn, r.weight, conv, r.bias, r.down);
     Branches<K>{{parallel, s.threads}, conv_shape, w + BRANCHES}.infer(r.down, nullptr, r.conv, r.convolved);
@@ -163,7 +163,7 @@ struct Mixes : Linears<typename K::E> {
 
   // The means of tokens that follow each other, normalised; those that are left over at the end belong to no key.
   const E* pool(const Room& r) const {
-    const Affine affine = norm(POOLED, s.pooled, s.attn);
+    const Affine by = affine(w + POOLED, s.pooled, s.attn);
     const int64_t keys = s.keys(), width = s.attn;
     split(s.batch * keys, width, s.threads, parallel, [&](int64_t first, int64_t end, int) {
       for (int64_t i = first; i < end; ++i) {
@@ -172,7 +172,7 @@ struct Mixes : Linears<typename K::E> {
           V sum = set(0.0f);
           for (int64_t k = 0; k < s.pool; ++k) sum += K::widen(from + k * width + c);
           K::narrow(r.pooled + i * width + c,
-                    fma(sum * set(1.0f / s.pool), loadu(affine.scale.data() + c), loadu(affine.shift.data() + c)));
+                    fma(sum * set(1.0f / s.pool), loadu(by.scale.data() + c), loadu(by.shift.data() + c)));
         }
       }
     });
