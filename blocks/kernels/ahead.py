@@ -1,6 +1,6 @@
 """Blocks one behind the other, without gradients: what Python does for their kernels is done for several at once.
 
-Behind a kernel, which has been through all of the processor's caches, the same takes Python five times as long.
+Behind a kernel, which has been through all of the processor's caches, the same takes Python four to five times as long.
 """
 
 from __future__ import annotations
