@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from blocks.attention import Attention
 from blocks.base import Block, Features, Shape, Site, Words
-from blocks.kernels import native
+from blocks.kernels import native, products
 from blocks.kernels.ahead import through
 from blocks.nextvit import NCB, NTB
 from blocks.tnt import TNT
@@ -24,6 +26,7 @@ pytestmark = [
 ]
 
 SIDE = 14
+MEASURED = products._smallest
 
 
 @pytest.fixture
@@ -161,6 +164,29 @@ def test_memory_is_used_in_turns() -> None:
     assert rooms[0].data_ptr() == rooms[1].data_ptr()
     assert [len(room) for room in rooms] == [64, 64, 128]
     assert native.planned() is None
+
+
+def test_the_first_to_ask_measures_before_the_plan_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: list[int]
+) -> None:
+    """What is measured is computed then, from memory that is still there, and the plan holds nothing of it."""
+    made, make = [], native._make
+
+    def noted(kernel: Any, given: list[Any], name: str) -> None:
+        made.append((name, native.planned()))
+        make(kernel, given, name)
+
+    monkeypatch.setattr(products, "_smallest", cache(MEASURED.__wrapped__))
+    monkeypatch.setattr(native, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(products, "MARGIN", 0.0)
+    blocks = chain("convolutional")
+    x = given(blocks, 1)
+    monkeypatch.setattr(native, "_make", noted)
+    with torch.no_grad():
+        got = through(blocks, x)
+        assert same(got, one_by_one(blocks, x))
+    assert ("gemm", None) in made
+    assert max(runs) <= 2 * len(blocks)
 
 
 def test_an_error_ends_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,6 +338,7 @@ def test_golden_nets_in_float32(name: str, calls: list[int]) -> None:
     assert len(calls) == args["depth"]
 
 
+@pytest.mark.usefixtures("ours")
 @pytest.mark.parametrize("name", ["tnt_s_patch16_224", "tnt_s_legacy_patch16_224"])
 def test_tnt_s_equals_timm(name: str, calls: list[int]) -> None:
     torch.manual_seed(0)

@@ -208,6 +208,16 @@ def planned() -> Plan | None:
     return getattr(_local, "plan", None)
 
 
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Calls within it are made now, also where others wait for their plan."""
+    plan, _local.plan = planned(), None
+    try:
+        yield
+    finally:
+        _local.plan = plan
+
+
 def run(name: str, dtype: torch.dtype, *parts: Part) -> None:
     """The kernel of that name for `dtype`, which takes the places of structures, arrays and tensors, and no numbers.
 

@@ -171,6 +171,7 @@ def _call(
     sums: Tensor | None = None,
     base: Tensor | None = None,
 ) -> None:
+    assert native.planned() is None, "nobody would hold what a product reads until it is made"
     bias = None if bias is None else bias.float().contiguous()
     result = Result.of(made, act, base, bias, sums)
     size = Size(*made.shape, k, torch.get_num_threads())
@@ -220,10 +221,11 @@ def _measure() -> float | None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for rows, width, out in reversed(SIZES):
-            if _ratio(rows, width, out) < MARGIN:
-                break
-            smallest = 2.0 * rows * width * out
+        with native.at_once():  # the first who asks may be about to plan
+            for rows, width, out in reversed(SIZES):
+                if _ratio(rows, width, out) < MARGIN:
+                    break
+                smallest = 2.0 * rows * width * out
     finally:
         torch.set_num_threads(threads)
     return smallest
