@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from blocks.base import GateFactory, Grid, Mixer, Position, ScorePosition, Shape, Site, linear
 from blocks.gates import NoGate
 from blocks.kernels.attention import attend, attend_joined, split
+from blocks.kernels.linear import Linear, unhooked
 from blocks.kernels.linear import linear as fast_linear
 from blocks.positions import NetPosition
 
@@ -78,8 +79,10 @@ class Attention(Mixer):
     def forward(self, x: Tensor, grid: Grid, rows: int | None = None) -> Tensor:
         b, n, c = x.shape
         drop = self.attn_drop if self.training else 0.0
-        if rows is None:
+        if rows is None or type(self.qkv) is not Linear or not unhooked(self.qkv):
             parts = [self.qkv(x).view(b, n, 3, self.heads, self.head_dim)]
+            if rows is not None:
+                parts = [parts[0][:, :rows, :1], parts[0][:, :, 1:]]
         else:
             # Only prefix rows are wanted, which no encoding turns; keys and values are needed of every token.
             b_q, b_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split([c, 2 * c])

@@ -90,6 +90,11 @@ class Mlp(FeedForward):
         self.fc2 = linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
+    @property
+    def drops(self) -> bool:
+        """Whether something is dropped now, which the module for it decides: who samples nets leaves it in training."""
+        return self.drop.training and self.drop.p > 0
+
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         if type(self.fc1) is Linear and unhooked(self.fc1):
             return self.behind(self.fc1.weight, self.fc1.bias, x)
@@ -100,7 +105,7 @@ class Mlp(FeedForward):
         plain = type(self.fc2) is Linear and unhooked(self.act, self.fc2, self.drop)
         if not plain or type(self.act) not in ELEMENTWISE:
             return self._rest(fast_linear(x, weight, bias))
-        if type(self.act) in KERNELS and not (self.training and self.drop.p):
+        if type(self.act) in KERNELS and not self.drops:
             made = two_layers(x, weight, bias, self.fc2.weight, self.fc2.bias, KERNELS[type(self.act)])
             if made is not None:
                 return made
@@ -112,7 +117,7 @@ class Mlp(FeedForward):
 
     def _rest(self, hidden: Tensor) -> Tensor:
         if type(self.act) is GELU and type(self.fc2) is Linear and unhooked(self.act, self.fc2, self.drop):
-            made = None if self.training and self.drop.p else gelu_linear(hidden, self.fc2.weight, self.fc2.bias)
+            made = None if self.drops else gelu_linear(hidden, self.fc2.weight, self.fc2.bias)
             if made is not None:
                 return made
         overwrite = type(self.act) is ReLU and type(self.fc1) is Linear and unhooked(self.fc1, self.act)

@@ -190,7 +190,7 @@ def added_mlp(residual: Residual, norm: Norm, mlp: FeedForward, x: Tensor, grid:
     made = mlp_onto(norm, mlp, x) if fresh and adds(residual) else None
     if made is not None:
         return made
-    last = mlp.fc2 if type(mlp) is Mlp and unhooked(mlp, mlp.drop) and not (mlp.training and mlp.drop.p) else mlp
+    last = mlp.fc2 if type(mlp) is Mlp and unhooked(mlp, mlp.drop) and not mlp.drops else mlp
     return added(residual, x, normed_mlp(norm, mlp, x, grid), last)
 
 

@@ -127,7 +127,8 @@ class TNT(Block):
             y = self.proj(self.norm1_proj(words).flatten(1))
         else:
             y = self.norm2_proj(joined(words, self.norm1_proj, self.proj))
-        map = map + to_map(y.view(map.shape[0], -1, y.shape[-1]), (map.shape[2], map.shape[3]))
+        b, _, h, w = map.shape
+        map = map + to_map(y.view(b, h * w, y.shape[-1]), (h, w))
         return self.outer(features.replace(map=map)).replace(words=words)
 
 
@@ -163,11 +164,12 @@ def convolved(patches: Tensor, conv: nn.Conv2d) -> Tensor:
     What it finds at each place of a patch depends on all pixels, on each through one weight or none. A larger patch
     would take more multiplications so.
     """
-    if max(patches.shape[2:]) > min(conv.kernel_size) or patches.dtype not in DTYPES:
-        return conv(patches)
     if type(conv) is not nn.Conv2d or not unhooked(conv) or not eager(patches, conv.weight, conv.bias):
         return conv(patches)
-    assert conv.bias is not None
+    if max(patches.shape[2:]) > min(conv.kernel_size) or patches.dtype not in DTYPES or conv.bias is None:
+        return conv(patches)
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or conv.dilation != (1, 1) or conv.groups > 1:
+        return conv(patches)
     rows = patches.permute(0, 2, 3, 1).flatten(1)
     numbers = numbered(patches.shape[1:], conv.weight.shape, conv.stride, conv.padding)
     matrix = F.pad(conv.weight.flatten(), (1, 0)).index_select(0, numbers.flatten()).view(rows.shape[1], -1)
@@ -258,7 +260,7 @@ class SentenceStem(Block):
             x = self.norm2_proj(joined(words, self.norm1_proj, self.proj))
         else:
             words, x = both
-        x = to_map(x.view(b, -1, x.shape[-1]), grid)
+        x = to_map(x.view(b, grid[0] * grid[1], x.shape[-1]), grid)
         prefix = None if self.prefix is None else self.prefix.expand(b, -1, -1)
         x, prefix = self.position(x, prefix)
         x, prefix = self.drop(x), None if prefix is None else self.drop(prefix)

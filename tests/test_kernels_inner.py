@@ -12,10 +12,11 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from blocks.attention import Attention
-from blocks.base import Features, Site, Words
+from blocks.base import Features, Site, Words, to_map, tokens
 from blocks.gates import TanhGate
 from blocks.kernels import inner, native
 from blocks.mlp import Mlp, ReLU
@@ -178,11 +179,26 @@ def test_operators_are_well_formed() -> None:
     )
 
 
-def test_second_derivatives_say_that_there_are_none() -> None:
-    block, words = encoder(2, 12), torch.randn(5, 4, 12, requires_grad=True)
-    (grad,) = torch.autograd.grad(inner.run(block, words).sum(), words, create_graph=True)
-    with pytest.raises(RuntimeError, match="tessera"):
-        grad.sum().backward()
+@pytest.mark.parametrize("frozen", [False, True])
+def test_second_derivatives(frozen: bool) -> None:
+    """Of a penalty on the gradient of the words, as those of the encoder in float64."""
+    block, words = encoder(2, 12), torch.randn(5, 4, 12)
+    block.mixer.qkv.requires_grad_(not frozen)
+
+    def penalties(block: Encoder, run: Callable[[Tensor], Tensor], words: Tensor) -> list[Tensor]:
+        words.requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):  # torch's other forms have no second derivative
+            (grad,) = torch.autograd.grad(run(words).square().sum(), words, create_graph=True)
+            wanted = [p for p in block.parameters() if p.requires_grad]
+            found = torch.autograd.grad(grad.square().sum(), [words, *wanted], allow_unused=True)
+        return [grad, *(t for t in found if t is not None)]
+
+    got = penalties(block, lambda words: inner.run(block, words), words)
+    exact = deepcopy(block).double()
+    want = penalties(exact, lambda words: tokens(exact(Features(to_map(words, (2, 2)))).map), words.detach().double())
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-4, atol=1e-4 * b.abs().max().item())
 
 
 # ---- where it stands, and where not

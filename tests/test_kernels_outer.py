@@ -279,10 +279,10 @@ def test_without_convolutions_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None
     with torch.no_grad():
         expected = block(given).map
         monkeypatch.setattr(onednn, "conv", lambda map, weight, bias, like, relu=False: F.conv2d(map, weight))
-        onednn.fuses.cache_clear()
-        assert not onednn.fuses(torch.float32)
+        onednn.convolves.cache_clear()
+        assert not onednn.convolves(torch.float32)
         torch.testing.assert_close(block(given).map, expected)
-    onednn.fuses.cache_clear()
+    onednn.convolves.cache_clear()
 
 
 def test_what_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def serves(residual: nn.Module, norm: Norm, mlp: nn.Module, x: Tensor) -> bool:
     parameters = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
     if not eager(*parameters) or any(p is None or p.dtype is not torch.float32 for p in parameters):
         return False
-    if not all(p.is_contiguous() for p in parameters) or (mlp.training and mlp.drop.p):
+    if not all(p.is_contiguous() for p in parameters) or mlp.drops:
         return False
     if not all(t.requires_grad for t in (bn.weight, bn.bias, *parameters)):  # the kernel gives all gradients
         return False

@@ -43,7 +43,7 @@ def convolved(layer: nn.Module, map: Tensor) -> Tensor:
     if type(layer) is nn.Conv2d and torch.is_grad_enabled() and unhooked(layer) and layer.bias is None:
         weight, dtype = layer.weight, precision(map)
         if weight.requires_grad and weight.dtype is torch.float32 and serves(layer, map, dtype) and eager(weight):
-            return _Conv.apply(map, weight, layer.groups, dtype)
+            return _Conv.apply(map.to(dtype), weight, layer.groups)
     return layer(map)
 
 
@@ -115,14 +115,13 @@ class _Conv(torch.autograd.Function):
     """Keeps the map in the product's precision, and the weight as it is."""
 
     @staticmethod
-    def forward(ctx: Any, map: Tensor, weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-        ctx.groups, ctx.dtype = groups, map.dtype
-        map = map.to(dtype)
+    def forward(ctx: Any, map: Tensor, weight: Tensor, groups: int) -> Tensor:
+        ctx.groups = groups
         ctx.save_for_backward(map, weight)
-        if faster(map.shape[3], weight, groups, dtype):
+        if faster(map.shape[3], weight, groups, map.dtype):
             return conv(map, weight, None, groups)
         with torch.autocast("cpu", enabled=False):
-            return F.conv2d(map, weight.to(dtype), padding=1, groups=groups)
+            return F.conv2d(map, weight.to(map.dtype), padding=1, groups=groups)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -133,7 +132,7 @@ class _Conv(torch.autograd.Function):
                 out = F.conv2d(map, weight.to(map.dtype), padding=1, groups=ctx.groups)
                 needed = [t for t, need in ((map, need_map), (weight, need_weight)) if need]
                 found = iter(torch.autograd.grad(out, needed, grad, create_graph=True))
-                return next(found) if need_map else None, next(found) if need_weight else None, None, None
+                return next(found) if need_map else None, next(found) if need_weight else None, None
             grad = grad.contiguous(memory_format=torch.channels_last)
             dmap = None
             if need_map and faster(map.shape[3], weight, ctx.groups, map.dtype):
@@ -142,4 +141,4 @@ class _Conv(torch.autograd.Function):
                 at = ((1, 1), (1, 1), (1, 1), False, (0, 0), ctx.groups, (True, False, False))
                 dmap = torch.ops.aten.convolution_backward(grad, map, weight.to(map.dtype), None, *at)[0]
             dweight = grad_weight(map, grad, ctx.groups) if need_weight else None
-            return None if dmap is None else dmap.to(ctx.dtype), dweight, None, None
+            return dmap, dweight, None

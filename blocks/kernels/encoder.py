@@ -34,7 +34,7 @@ def standard(block: Any) -> bool:
         return False
     if type(mixer.position) is not ScorePosition or type(mixer.gate) is not NoGate:
         return False
-    if block.training and (mixer.attn_drop > 0 or mixer.proj_drop.p > 0 or mlp.drop.p > 0):
+    if (mixer.training and mixer.attn_drop > 0) or (mixer.proj_drop.training and mixer.proj_drop.p > 0) or mlp.drops:
         return False
     norms = (block.norm1, block.norm2)
     linears = (mixer.qkv, mixer.proj, mlp.fc1, mlp.fc2)
@@ -73,7 +73,7 @@ def encode(block: Any, x: Tensor, rows: int | None = None) -> Tensor | None:
     settings = (dtype, (batch, count, wanted, dim, heads, hidden), eps, alone)
     residuals = (block.mixer_residual, block.mlp_residual)
     if not norm.watched(x, *parts):
-        if block.training and any(residual.rate for residual in residuals):
+        if any(residual.training and residual.rate for residual in residuals):
             return None
         return _infer(x, settings, parts)
     if not all(p is None or p.requires_grad for p in parts):
@@ -81,11 +81,11 @@ def encode(block: Any, x: Tensor, rows: int | None = None) -> Tensor | None:
     return _Encoder.apply(x, settings, *(residual.factor(x) for residual in residuals), *parts)
 
 
-def _spelled_out(
+def spelled_out(
     x: Tensor, dtype: torch.dtype, heads: int, rows: int, eps: tuple[float, float], first: Tensor | None,
     second: Tensor | None, *parts: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The same by torch's operators."""
+    """The first `rows` tokens by torch's operators, of tokens of which `first` and `second` weigh the branches."""
     norm1_w, norm1_b, *rest = parts
 
     def layer(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -99,6 +99,13 @@ def _spelled_out(
     y = F.layer_norm(x, x.shape[-1:], rest[4], rest[5], eps[1]).to(dtype)
     y = layer(F.gelu(layer(y, rest[6], rest[7])), rest[8], rest[9])
     return x + (y if second is None else y * second)
+
+
+def differentiable(made: Tensor, parts: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
+    """The gradients of those parts that want one, which can be differentiated in turn."""
+    wanted = [p for p in parts if p is not None and p.requires_grad]
+    found = iter(torch.autograd.grad(made, wanted, grad, create_graph=True))
+    return [next(found) if p is not None and p.requires_grad else None for p in parts]
 
 
 class Shape(ctypes.Structure):
@@ -153,10 +160,9 @@ class _Encoder(torch.autograd.Function):
         dtype, sizes, eps, _ = settings = ctx.settings
         if torch.is_grad_enabled():  # these gradients will be differentiated in turn
             with torch.autocast("cpu", enabled=False):
-                made = _spelled_out(x, dtype, sizes[4], sizes[2], eps, first, second, *parts)
-            there = [p for p in parts if p is not None]
-            dx, *grads = torch.autograd.grad(made, [x, *there], grad, create_graph=True)
-            return dx, None, None, None, *(None if p is None else grads.pop(0) for p in parts)
+                made = spelled_out(x, dtype, sizes[4], sizes[2], eps, first, second, *parts)
+            dx, *grads = differentiable(made, [x, *parts], grad)
+            return dx, None, None, None, *grads
         dx, work = torch.empty_like(x), native.space(_room(settings)[2])
         each = [None if p is None else torch.empty_like(p) for p in parts]
         for at in NORMS:  # a norm's bias behind its weight

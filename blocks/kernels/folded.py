@@ -32,6 +32,7 @@ def folds(norm: nn.Module, x: Tensor, *others: nn.Module) -> bool:
         and eager(x)
         and type(norm) is BatchNorm
         and type(norm.bn) is nn.BatchNorm2d
+        and norm.bn.affine
         and norm.bn.weight.dtype is torch.float32
         and norm.bn.running_var is not None
         and not norm.bn.training
@@ -78,13 +79,13 @@ class Folded(NamedTuple):
         relu, dtype = type(self.act) is ReLU, self.weight.dtype
         if kernel.chosen(self.conv, map, dtype):
             map = kernel.conv(map.to(dtype), self.weight, self.bias, self.conv.groups, relu)
-        elif dtype in DTYPES and onednn.fuses(dtype):
-            map = onednn.conv(map.to(dtype), self.weight, self.bias, self.conv, relu)
+            return map if relu else self.act(map)
+        if dtype in DTYPES and onednn.convolves(dtype):
+            map = onednn.conv(map.to(dtype), self.weight, self.bias, self.conv)
         else:
             at = (self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups)
             map = F.conv2d(map, self.weight, self.bias, *at)  # type: ignore[arg-type]
-            map = F.relu_(map) if relu else map
-        return map if relu else self.act(map)
+        return F.relu_(map) if relu else self.act(map)
 
 
 def conv_norm(conv: nn.Module, norm: Norm, act: Act, map: Tensor) -> Folded | None:
@@ -160,7 +161,9 @@ def linear_norm(layer: nn.Module, norm: Norm, x: Tensor) -> Tensor | None:
     """`norm(layer(x))` on tokens in one product; None where that is not possible."""
     if type(layer) is not Linear or not folds(norm, x, layer):
         return None
-    return linear(x, *fold(norm, layer.weight, layer.bias, torch.float32, behind=True))
+    # Under autocast the product rounds weights by itself.
+    dtype = torch.float32 if torch.is_autocast_enabled("cpu") else x.dtype
+    return linear(x, *fold(norm, layer.weight, layer.bias, dtype, behind=True))
 
 
 def norm_into_linear(norm: Norm, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:

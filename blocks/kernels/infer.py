@@ -181,7 +181,7 @@ def _serves(x: Tensor) -> bool:
 
 def _plain(mlp: nn.Module) -> TypeGuard[Mlp]:
     """Whether this is an MLP of Linear, ReLU and Linear, and nobody looks."""
-    if type(mlp) is not Mlp or type(mlp.act) is not ReLU or (mlp.drop.training and mlp.drop.p):
+    if type(mlp) is not Mlp or type(mlp.act) is not ReLU or mlp.drops:
         return False
     return type(mlp.fc1) is Linear and type(mlp.fc2) is Linear and unhooked(mlp, *mlp.children())
 

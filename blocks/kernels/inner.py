@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from blocks.attention import Attention
 from blocks.kernels import native
-from blocks.kernels.encoder import parameters, standard
+from blocks.kernels.encoder import differentiable, parameters, spelled_out, standard
 from blocks.kernels.linear import PLAIN, eager
 from blocks.mlp import Mlp
 from blocks.residual import Residual, drop_path
@@ -141,6 +142,9 @@ class Shape(ctypes.Structure):
     ]  # fmt: skip
 
 
+# What the CPU multiplies in, by the name of the precision.
+LOW = {"bf16": torch.bfloat16, "ieee": torch.float32}
+
 POINTERS = ctypes.c_void_p * 12  # to all parameters
 
 
@@ -164,8 +168,7 @@ def call(
         return POINTERS(*[None if p is None else p.data_ptr() for p in value]) if isinstance(value, list) else value
 
     assert x.is_contiguous()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    native.run(function, dtype, shape, *[part(value) for value in (params, x, *factors, *rest)])
+    native.run(function, LOW[precision], shape, *[part(value) for value in (params, x, *factors, *rest)])
 
 
 def _split(rest: tuple[Any, ...]) -> tuple[list[Tensor | None], list[Tensor | None], tuple[int, float, float], str]:
@@ -237,13 +240,21 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.settings = inputs[15:]
 
 
-def _backward(ctx: Any, dy: Tensor, plain: bool = False) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor, made: Callable[..., Any] = inner_backward) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    made = _inner_backward if plain else inner_backward
     grads: list[Tensor | None] = list(made(dy, *saved, *ctx.settings))
     if saved[4] is None:  # no bias of queries, keys and values
         grads.insert(4, None)
     return (*grads, None, None, None, None, None, None)
+
+
+def _spelled_out(dy: Tensor, x: Tensor, *rest: Any) -> list[Tensor | None]:
+    """What `inner_backward` gives where it is asked for, by operators that can be differentiated in turn."""
+    params, (s1, s2, heads, eps1, eps2, precision) = rest[:12], rest[12:]
+    dtype, factors = LOW[precision], [None if s is None else s.view(-1, 1, 1) for s in (s1, s2)]
+    with torch.autocast("cpu", enabled=False):
+        y = spelled_out(x.transpose(1, 2), dtype, heads, x.shape[2], (eps1, eps2), *factors, *params)
+    return differentiable(y.transpose(1, 2), [x, *(p for p in params if p is not None)], dy)
 
 
 inner.register_autograd(_backward, setup_context=_keep)
@@ -259,5 +270,4 @@ class _Inner(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # Where these gradients are to be differentiated in turn, the operator says that they cannot be.
-        return _backward(ctx, dy, plain=not torch.is_grad_enabled())
+        return _backward(ctx, dy, _spelled_out if torch.is_grad_enabled() else _inner_backward)

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from blocks.kernels import products
 
@@ -30,11 +32,15 @@ LARGE = 2**25
 
 
 class Recipe(NamedTuple):
-    """How a tensor was made: `make(*parts)`. It holds for that version of the tensor, and for those of the parts."""
+    """How a tensor was made: `make(*parts)`. It holds for these versions of the tensor and of the parts."""
 
     make: Callable[..., Tensor]
     parts: tuple[Tensor, ...]
-    version: int
+    versions: tuple[int, ...]
+
+
+# Beside the tensors, not on them: who saves one would save its recipe, and with it a module, too.
+_recipes: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def recorded() -> bool:
@@ -45,26 +51,32 @@ def recorded() -> bool:
 def eager(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary CPU tensors and nothing watches the operators: no compiler, tracer, mode or transform.
 
-    Only then may Python choose between forms of an operation.
+    Only then may Python choose between forms of an operation. A default device is a mode too.
     """
     if torch.compiler.is_compiling():
         return False
     for t in tensors:  # asked for each operation of a net: no generator
-        if t is not None and not (type(t) in PLAIN and t.is_cpu):
+        if t is not None and not (type(t) in PLAIN and t.is_cpu and t.layout is torch.strided):
             return False
     return not (
         torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or forward_ad._current_level >= 0  # a Function without `jvp` would lose the tangent
         or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
         or torch._C._is_tracing()
     )
 
 
 def unhooked(*modules: nn.Module) -> bool:
-    """Whether nobody has asked to see what goes into these modules, or into all, or comes out of them."""
+    """Whether nobody has asked to see what goes into these modules, or into all, or comes out, or has replaced one's
+    `forward`.
+    """
     if _has_any_global_hook():
         return False
     for m in modules:
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return False
+        if "forward" in m.__dict__:
             return False
     return True
 
@@ -76,8 +88,23 @@ def recomputable(make: Callable[..., Tensor], *parts: Tensor) -> Tensor:
     """
     made = make(*parts)
     if not torch.compiler.is_compiling() and made.requires_grad and made.is_cpu:
-        made.recipe = Recipe(make, parts, made._version)  # type: ignore[attr-defined]
+        remember(made, make, *parts)
     return made
+
+
+def remember(made: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> None:
+    """Notes that `made` is `make(*parts)`."""
+    _recipes[made] = Recipe(make, parts, _versions(made, parts))
+
+
+def recipe_of(x: Tensor) -> Recipe | None:
+    """How `x` was made; None where that is not known, or it or what it was made of has been changed since."""
+    found: Recipe | None = _recipes.get(x)
+    return None if found is None or found.versions != _versions(x, found.parts) else found
+
+
+def _versions(made: Tensor, parts: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return (made._version, *(part._version for part in parts))
 
 
 def precision(x: Tensor) -> torch.dtype:
@@ -98,12 +125,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     same = x.dtype is weight.dtype is dtype
     fast = (same or (cast and dtype is torch.bfloat16)) and products.faster(flops, dtype)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        recipe: Recipe | None = getattr(x, "recipe", None)
-        if recipe is not None and recipe.version != x._version:
-            recipe = None
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        recipe = recipe_of(x)
         if (fast or cast or recipe is not None) and (same or cast):
-            return _Linear.apply(x, weight, bias, dtype, recipe)
+            return _Linear.apply(x.to(dtype), weight, bias, recipe)
     elif fast:
         return products.forward(x.to(dtype), weight, bias)
     return F.linear(x, weight, bias)
@@ -157,20 +184,16 @@ class _Linear(torch.autograd.Function):
     """Keeps the input, or what it can be made of, and the weight as it is: a parameter, which costs nothing."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, recipe: Recipe | None
-    ) -> Tensor:
-        low = x.to(dtype)
-        ctx.dtype, ctx.input_dtype = dtype, x.dtype
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe | None) -> Tensor:
         ctx.make = None if recipe is None or not weight.requires_grad else recipe.make
         kept: tuple[Tensor, ...] = ()
         if recipe is not None and weight.requires_grad:
             # Parameters of a norm are copied too: a sharded one is only there while its own module runs.
             kept = recipe.parts + tuple(p.detach().clone() if type(p) is nn.Parameter else p for p in recipe.parts)
         elif weight.requires_grad:
-            kept = (low,)
+            kept = (x,)
         ctx.save_for_backward(weight, *kept)
-        out = products.forward(low.reshape(-1, low.shape[-1]), weight, bias)
+        out = products.forward(x.reshape(-1, x.shape[-1]), weight, bias)
         # Not a view, which could not be changed in place behind a Function.
         return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
@@ -182,13 +205,13 @@ class _Linear(torch.autograd.Function):
         ours = False if twice else None
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = products.grad_input(grad, weight, ours=ours).to(ctx.input_dtype)
+            dx = products.grad_input(grad, weight, ours=ours)
         if ctx.needs_input_grad[1]:
             half = len(kept) // 2
             x = kept[0] if ctx.make is None else ctx.make(*(kept[:half] if twice else kept[half:]))
-            x, rows = x.to(ctx.dtype).reshape(-1, weight.shape[1]), grad.reshape(-1, weight.shape[0])
+            x, rows = x.to(grad.dtype).reshape(-1, weight.shape[1]), grad.reshape(-1, weight.shape[0])
             dw, db = products.grad_weight(rows, x, bias=ctx.needs_input_grad[2], ours=ours)
             dw = dw.to(weight.dtype)
         if ctx.needs_input_grad[2]:
             db = (grad.reshape(-1, grad.shape[-1]).sum(0) if db is None else db).to(weight.dtype)
-        return dx, dw, db, None, None
+        return dx, dw, db, None

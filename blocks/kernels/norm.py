@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blocks.kernels import native
-from blocks.kernels.linear import Recipe, eager
+from blocks.kernels.linear import eager, remember
 from blocks.kernels.native import run
 
 # What a row may hold, and of how many rows the gradients of weight and bias are summed at first, as in norm.cpp.
@@ -94,7 +94,7 @@ def add_norm(
         stats = made.grad_fn.stats
         del made.grad_fn.stats
         make = partial(_again, eps, dtype)
-        made.recipe = Recipe(make, (stream, stats, weight, bias), made._version)
+        remember(made, make, stream, stats, weight, bias)
         return stream, made
     stream, made, _ = _forward(x, weight, bias, eps, dtype, branch, factor, own and not torch.is_grad_enabled())
     return stream, made

@@ -91,10 +91,11 @@ def forward(
         return torch.ops.aten._unsafe_view(made, (*x.shape[:-1], weight.shape[0]))
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if ours and onednn.multiplies(x.dtype):
-        made = onednn.forward(x, weight, bias, act)
+        made = onednn.forward(x, weight, bias, "gelu" if act == "gelu" else "none")
     else:
         made = F.linear(x, weight, bias)
-        made = made if act == "none" else F.relu_(made) if act == "relu" else F.gelu(made)
+        made = F.gelu(made) if act == "gelu" else made
+    made = F.relu_(made) if act == "relu" else made
     return made if onto is None else onto.add_(made.view_as(onto))
 
 

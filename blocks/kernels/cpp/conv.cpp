@@ -122,7 +122,7 @@ void forward(const Shape& s, const typename K::E* map, const Word* weight, const
         for (int r = 0; r < HIGH; ++r)
           for (int v = 0; v < 2; ++v) {
             y[r][v] += shift[v];
-            if (s.flags & conv::RELU) y[r][v] = max(y[r][v], set(0.0f));
+            if (s.flags & conv::RELU) y[r][v] = max(set(0.0f), y[r][v]);
           }
         int i = q / s.line(), j = q % s.line();
         for (int r = 0; r < HIGH && i < at.rows; ++r) {

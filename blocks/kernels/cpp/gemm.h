@@ -165,7 +165,7 @@ INLINE void sums(const float* a, const float* b, int64_t words, int64_t part, co
 #pragma GCC unroll 12
     for (int r = 0; r < HIGH; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < COUNT; ++v) s[r][v] = max(s[r][v], set(0.0f));
+      for (int v = 0; v < COUNT; ++v) s[r][v] = max(set(0.0f), s[r][v]);
   if (act == GELU) {
     V x[HIGH][COUNT];
     copy(s, x);

@@ -24,7 +24,7 @@ namespace {
 using V = __m512;
 inline V set(float a) { return _mm512_set1_ps(a); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-inline V max(V a, V b) { return _mm512_max_ps(a, b); }  // gives b where one is NaN
+inline V max(V a, V b) { return _mm512_max_ps(a, b); }  // gives b where one is NaN: ReLU is max(0, x)
 inline V min(V a, V b) { return _mm512_min_ps(a, b); }
 inline V root(V a) { return _mm512_sqrt_ps(a); }
 inline V loadu(const float* p) { return _mm512_loadu_ps(p); }

@@ -214,7 +214,7 @@ void forward(const Shape& s, const float* map, const float* weight, const float*
             for (int b = 0; b < 2; ++b) {
               if (b && !made[r].right) break;
               V top = x[0][b] + x[1][b] + x[2][b] + shift[v], low = x[1][b] - x[2][b] - x[3][b] + shift[v];
-              if (s.flags & conv::RELU) top = max(top, set(0.0f)), low = max(low, set(0.0f));
+              if (s.flags & conv::RELU) top = max(set(0.0f), top), low = max(set(0.0f), low);
               auto give = [&](V sum, int64_t at) { storeu(to + at, base ? loadu(base + at) + sum : sum); };
               give(top, place + b * step);
               if (made[r].below) give(low, place + (s.width + b) * step);
