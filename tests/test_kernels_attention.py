@@ -113,7 +113,9 @@ def test_scores_far_from_zero(kernel: bool) -> None:
 
 
 def test_what_the_kernel_leaves_to_others(calls: list[str]) -> None:
-    """Bias, dropout, long sequences, wide heads, float64, meta, odd channels or places in bfloat16, watched tensors."""
+    """Bias, dropout, long sequences, wide heads, float64, meta, odd channels or places in bfloat16, watched tensors,
+    keys that are fewer than there are queries for.
+    """
     q = draw(1, 2, 8, 16)
     attention.attend(q, q, q, bias=draw(1, 2, 8, 8))
     attention.attend(q, q, q, drop=0.5)
@@ -127,6 +129,7 @@ def test_what_the_kernel_leaves_to_others(calls: list[str]) -> None:
     attention.attend(every := draw(1, 2, 8, 32)[..., ::2], every, every)
     attention.attend(none := draw(0, 2, 8, 16), none, none)
     torch.func.vmap(attention.attend)(*(draw(3, 1, 2, 8, 16),) * 3)
+    attention.attend(draw(3, 2, 8, 16), draw(1, 2, 8, 16), draw(1, 2, 8, 16))
     assert calls == []
 
 

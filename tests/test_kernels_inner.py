@@ -20,7 +20,7 @@ from blocks.base import Features, Site, Words, to_map, tokens
 from blocks.gates import TanhGate
 from blocks.kernels import inner, native
 from blocks.mlp import Mlp, ReLU
-from blocks.norms import RMSNorm
+from blocks.norms import LayerNorm, RMSNorm
 from blocks.positions import RelativeBias, RoPE
 from blocks.residual import Residual
 from blocks.tnt import TNT
@@ -213,6 +213,7 @@ OTHERS: dict[str, Callable[[], Encoder]] = {
     "factor": lambda: encoder(4, 12, mlp_residual=partial(Residual, scale=0.5)),
     "activation": lambda: encoder(4, 12, mlp=partial(Mlp, act=ReLU)),
     "norm": lambda: encoder(4, 12, norm=RMSNorm),
+    "no eps": lambda: encoder(4, 12, norm=partial(LayerNorm, eps=0.0)),
     "normed stream": lambda: encoder(4, 12, norm_stream=True),
     "dropout": lambda: encoder(4, 12, mlp=partial(Mlp, drop=0.1)),
     "attention dropout": lambda: encoder(4, 12, mixer=partial(Attention, heads=2, attn_drop=0.1)),

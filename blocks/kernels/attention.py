@@ -130,7 +130,9 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernel computes attention over these."""
     if not eager(q, k, v) or not (q.dtype is k.dtype is v.dtype) or q.dtype not in DTYPES:
         return False
-    if k.shape != v.shape or not (q.numel() and k.numel()) or not all(reads(x) for x in (q, k, v)):
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        return False
+    if not (q.numel() and k.numel()) or not all(reads(x) for x in (q, k, v)):
         return False
     return fits(q.shape[0] * q.shape[1], q.shape[2], k.shape[2], k.shape[3], q.dtype)
 

@@ -40,6 +40,8 @@ def serves(block: nn.Module, words: Tensor) -> bool:
         return False
     if type(block) is not Encoder or not standard(block):
         return False
+    if not (block.norm1.eps > 0 and block.norm2.eps > 0):  # lanes without a word hold zeros
+        return False
     if words.shape[1] > MOST_WORDS or words.shape[2] > MOST_WIDTH:
         return False
     if words.dtype != torch.float32 and not (

@@ -126,6 +126,8 @@ def build(capability: str, target: Path) -> None:
             parts = zip(sources, objects, strict=True)
             list(pool.map(_run, ([*command, "-c", str(source), "-o", to] for source, to in parts)))
         _run([*command, *objects, "-o", str(made)])
+        with made.open("rb") as file:  # or it may be there and empty when power has failed: nobody would build it again
+            os.fsync(file.fileno())
         made.replace(target)
 
 

@@ -56,7 +56,7 @@ void stats(const void* from, int64_t rows, int64_t width, double* mean, double* 
     moments<K>(x + first * width, end - first, width, own, own + width);
   });
   std::fill(mean, mean + width, 0.0), std::fill(variance, variance + width, 0.0);
-  for (int i = 0, before = 0; i < parts; before += counts[i++])
+  for (int64_t i = 0, before = 0; i < parts; before += counts[i++])
     for (int64_t c = 0; c < width; ++c) {
       const double* own = room.data() + size_t(i) * 2 * width + c;
       merge(mean + c, variance + c, double(before), own[0], own[width], double(counts[i]));

@@ -174,7 +174,10 @@ void run(int count, Parallel parallel, const F& work) {
     parallel->start(go, &job, count, 0);
   } else {
     std::vector<std::thread> threads;
-    for (int i = 1; i < count; ++i) threads.emplace_back([&job, i] { job.go(i); });
+    try {
+      for (int i = 1; i < count; ++i) threads.emplace_back([&job, i] { job.go(i); });
+    } catch (const std::exception&) {  // there may be no more: those that there are do the rest
+    }
     job.go(0);
     for (auto& thread : threads) thread.join();
   }
