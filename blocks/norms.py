@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from blocks.base import Norm
 from blocks.kernels.batch_norm import batch_norm
-from blocks.kernels.linear import recomputable
+from blocks.kernels.linear import recomputable, unhooked
 
 
 class LayerNorm(nn.LayerNorm, Norm):
@@ -62,9 +62,12 @@ class BatchNorm(Norm):
         self.bn = nn.BatchNorm2d(dim, eps=eps, momentum=momentum)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.on_map(x.reshape(-1, x.shape[-1], 1, 1)).reshape(x.shape)
+        return self._normalised(x.reshape(-1, x.shape[-1], 1, 1)).reshape(x.shape)
 
     def on_map(self, map: Tensor) -> Tensor:
+        return self._normalised(map) if unhooked(self) else super().on_map(map)
+
+    def _normalised(self, map: Tensor) -> Tensor:
         made = batch_norm(self.bn, map)
         return self.bn(map) if made is None else made
 

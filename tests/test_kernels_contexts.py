@@ -167,6 +167,18 @@ def test_a_forward_that_is_replaced_on_an_instance(part: str) -> None:
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_on_a_batch_norm(training: bool) -> None:
+    block, seen = NTB(Site.at(256, 8)).train(training), []
+    norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
+    for norm in norms:
+        norm.register_forward_hook(lambda norm, args, out: seen.append(norm))
+    with torch.set_grad_enabled(training):
+        block(given(block))
+    assert {id(norm) for norm in seen} == {id(norm) for norm in norms}
+    assert len(seen) == len(norms)
+
+
 class Adapter(nn.Module):
     """Stands for a Linear, which it calls."""
 
