@@ -73,8 +73,8 @@ def start_of_a_run(document: dict, root: Path, processes: int, count: int) -> fl
 def main() -> None:
     from framework.bench import report
     from framework.config import dump, override
-    from framework.measure import measure
     from framework.run import fit_folder
+    from framework.run import planned as measure
 
     before = report.circumstances()
     found: dict[str, float] = {}

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blocks.base import PARTS, Shape
 from framework.backbones import Level
-from framework.config import load_plugins
 from framework.construct import build_model
 from framework.data import Image
 from framework.tasks import Task
@@ -83,10 +82,3 @@ def cost(task: Task) -> Cost:
         levels=task.backbone.levels,
         blocks=blocks,
     )
-
-
-def measure(document: Mapping[str, Any]) -> dict[str, int]:
-    """Trainable parameters and MACs of a document's net: `{params, macs}`. Runs in a fresh process too."""
-    load_plugins(document.get("plugins", []))
-    found = cost(meta_model(document))
-    return {"params": found.params, "macs": found.macs}

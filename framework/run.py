@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,15 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from framework.ablation.state import read_study, write_text
+from framework.ablation.state import differences, read_study, write_text
 from framework.callbacks import Bar, Checkpoints, Keep, Last, RandomState, Record, RunState
 from framework.checkpoints import Kept, WholeFiles, read_checkpoint
-from framework.config import compose, dump
+from framework.config import compose, dump, load_plugins
 from framework.construct import Workbench, complete
 from framework.data import splits
 from framework.errors import ConfigError, suggest
 from framework.loop import Unprofiled, passed_over
-from framework.measure import meta_model
+from framework.measure import cost, meta_model
 from framework.provenance import write_provenance
 from framework.tasks.base import Task
 from framework.weights.transfer import source, start_from
@@ -36,6 +36,10 @@ JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "M
 
 # What Lightning needs beside weights to go on.
 GOES_ON = ("optimizer_states", "lr_schedulers", "loops", "epoch", "global_step", "pytorch-lightning_version")
+
+# What makes a run what it is, and what of it may change where it goes on.
+GIVEN = ("model", "data", "seed", "name")
+MAY_MOVE = ("data.path", "data.workers")
 
 CONFIG, RESOLVED, LAST, BEST = "config.yaml", "resolved.yaml", "checkpoints/last.ckpt", "checkpoints/best.ckpt"
 
@@ -119,11 +123,45 @@ def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def check(document: Mapping[str, Any], checkpoint: Path | None = None) -> None:
-    """Raises what `train` would raise before its first step, as far as that can be known without data."""
+# What the Trainer takes and then ends in the midst of a run with, or trains nothing: the least that it needs.
+LEAST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "limit_train_batches": 1e-9,
+    "val_check_interval": 1e-9,
+}
+
+# A study is planned on a machine that may lack what its runs will have.
+ANYWHERE: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "precision": None,
+    "plugins": None,
+}
+
+
+def check(document: Mapping[str, Any], checkpoint: Path | None = None, **machine: Any) -> Task:
+    """Raises what `train` would raise before its first step, as far as that can be known without data.
+
+    Args:
+        document: a composed document without an ablation.
+        checkpoint: what it goes on from.
+        machine: what the Trainer is told in place of the document's.
+
+    Returns:
+        The task, on the meta device.
+    """
     given = document["trainer"]
     if not given.get("fast_dev_run") and max(given.get("max_epochs") or 0, given.get("max_steps") or 0) < 1:
         raise ConfigError("trainer.max_epochs: nothing says how long to train; set it, as --trainer.max_epochs=300")
+    for name, least in LEAST.items():
+        value = given.get(name)
+        if isinstance(value, int | float) and value < least:
+            raise ConfigError(f"trainer.{name}: got {value}, must be {'above' if least == 1e-9 else 'at least'} "
+                              f"{least:.0f}")  # fmt: skip
     model = meta_model(document)
     if checkpoint:
         found = read_checkpoint(checkpoint)
@@ -133,10 +171,57 @@ def check(document: Mapping[str, Any], checkpoint: Path | None = None) -> None:
                 f"--ckpt_path: {checkpoint} has no {missing[0]}, so nothing goes on from it; "
                 f"start from its weights: --weights={checkpoint}"
             )
+        check_goes_on(document, checkpoint)
+        done = found["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        if 0 <= (given.get("max_epochs") or -1) < done:
+            raise ConfigError(f"trainer.max_epochs: got {given['max_epochs']}, but {checkpoint} has {done} behind it")
     elif document.get("weights"):
         start_from(model, source(document["weights"]))
     bench = Workbench(complete(document))
-    check_watched(bench.make_trainer(logger=False, enable_progress_bar=False, enable_model_summary=False), model)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    check_watched(bench.make_trainer(**quiet, **machine), model)
+    model.check_values()
+    return model
+
+
+def check_goes_on(document: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raises ConfigError where a run would go on in its folder as another one than it began.
+
+    Its Trainer may be another one, and its data may lie elsewhere.
+    """
+    folder = run_folder_of(checkpoint)
+    if folder is None:
+        return
+    pair = (load_document(folder / CONFIG), document)
+    was, now = (flat({key: each[key] for key in GIVEN if key in each}) for each in pair)
+    if found := [each for each in differences(was, now) if each.partition(":")[0] not in MAY_MOVE]:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ConfigError(
+            f"--ckpt_path: {folder} was made with another config: {', '.join(found[:3])}{more}; "
+            f"start another run from its weights: --weights={checkpoint}"
+        )
+
+
+def planned(document: Mapping[str, Any], metrics: Sequence[str] = ()) -> dict[str, int]:
+    """Trainable parameters and MACs of a run that is to be trained, perhaps elsewhere: `{params, macs}`.
+
+    Runs in a fresh process too.
+
+    Args:
+        document: as of `check`.
+        metrics: what will be compared.
+
+    Raises:
+        ConfigError, BuildError: what `check` raises, or a metric that nothing logs.
+    """
+    load_plugins(document.get("plugins", []))
+    model = check(document, **ANYWHERE)
+    if model.logged and not document["trainer"].get("callbacks"):  # those may log what they like
+        for name in metrics:
+            if name not in model.logged:
+                raise ConfigError(f"ablation.metric: nothing logs {name!r} ({suggest(name, model.logged)})")
+    found = cost(model)
+    return {"params": found.params, "macs": found.macs}
 
 
 def check_watched(trainer: Trainer, model: Task) -> None:
@@ -158,7 +243,9 @@ def hparams(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
     return {**choices, "seed": document["seed"]}
 
 
-def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = None, bar: bool = True) -> Trainer:
+def train(
+    folder: Path, document: Mapping[str, Any], checkpoint: Path | None = None, bar: bool = True, begins: bool = True
+) -> Trainer:
     """Trains `document` in `folder`, from its checkpoint where one is given, and keeps the folder's status.
 
     Args:
@@ -166,17 +253,13 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
         document: a composed document without an ablation.
         checkpoint: what to go on from.
         bar: whether to show a progress bar, where there is a terminal.
+        begins: whether the document is to be the folder's, which has none yet, or that of a shorter training.
 
     Raises:
         ConfigError, BuildError: the document cannot be built.
         KeyboardInterrupt: it was interrupted; the folder holds a checkpoint to go on from.
     """
     finished = complete(document)
-    if rank() == 0:
-        if not (folder / CONFIG).is_file():
-            write_text(folder / CONFIG, dump(document))
-        write_text(folder / RESOLVED, dump(finished))
-        write_provenance(folder, int(document.get("seed", 0)))
     seed_everything(int(document.get("seed", 0)), workers=True, verbose=False)
     if not torch.cuda.is_available():
         # Lightning sets it, so that processes can be forked after CUDA was looked for. Where there is none, torch's
@@ -221,6 +304,11 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
         arguments["logger"] = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
     trainer = bench.make_trainer(callbacks=callbacks, **arguments)
     check_watched(trainer, model)
+    if rank() == 0:  # now that nothing is wrong with it
+        if begins:
+            write_text(folder / CONFIG, dump(document))
+        write_text(folder / RESOLVED, dump(finished))
+        write_provenance(folder, int(document.get("seed", 0)))
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeFiles()
     try:
@@ -236,7 +324,7 @@ def train(folder: Path, document: Mapping[str, Any], checkpoint: Path | None = N
 def fit_folder(folder: Path) -> None:
     """Trains the run of a folder from its `config.yaml`, from the last checkpoint where there is one."""
     last = folder / LAST
-    train(folder, load_document(folder / CONFIG), last if last.is_file() else None, bar=False)
+    train(folder, load_document(folder / CONFIG), last if last.is_file() else None, bar=False, begins=False)
 
 
 def load_document(path: Path) -> dict[str, Any]:

@@ -122,6 +122,28 @@ MISTAKES: dict[str, tuple[str, list[Any], list[str]]] = {
     "cell that cannot be built": (
         "plan", [POS, "--ablation.axes.word.bad={model.backbone.blocks.tnt.outer.mixer.heads: 7}"],
         ["cell none/bad: model.backbone.blocks.tnt.outer.mixer: ", "heads: 7"]),
+    "metric of a study": (
+        "plan", [POS, "--ablation.metric=val/acc"], ["ablation.metric: nothing logs 'val/acc'", "val/acc1"],
+    ),
+    "metric of a callback of a study": (
+        "plan", [POS, "--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: nope}}]"],
+        ["cell ", "trainer.callbacks: EarlyStopping watches 'nope'"],
+    ),
+    "optimizer of a cell": (
+        "plan", [POS, "--ablation.axes.word.bad={model.optimizer.lr: -1}"],
+        ["bad: model.optimizer: Invalid learning rate: -1"],
+    ),
+    "epochs of a cell": (
+        "plan", [POS, "--ablation.axes.word.bad={trainer.max_epochs: 0}"],
+        ["bad: trainer.max_epochs: nothing says how long to train"],
+    ),
+    "weights of a study": ("fit", [POS, "--weights=nope.pth"], ["cell ", "nope.pth"]),
+    "clipping below nothing": (
+        "fit", [TNT, "--trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val: got -1, must be at least 0"],
+    ),
+    "no batches": (
+        "fit", [TNT, "--trainer.limit_train_batches=0"], ["trainer.limit_train_batches: got 0, must be above 0"],
+    ),
     "setting of an axis": ("plan", [POS, "--ablation.axes.word.bad={model.backbone.dmi: 7}"],
         ["ablation.axes.word.bad: model.backbone.dmi: ", "did you mean 'dim'?"]),
     "argument of the study": ("plan", [POS, "--ablation.seed=[0]"], ["ablation.seed: ", "did you mean 'seeds'?"]),

@@ -81,6 +81,45 @@ def test_fit_goes_on_in_place(cli: Cli, trained: Trained, tmp_path: Path) -> Non
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
 
 
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        (
+            "data.batch_size=7",
+            "was made with another config: data.batch_size: 64 → 7; start another run from its weights: --weights=",
+        ),
+        ("seed=7", "was made with another config: seed: 0 → 7"),
+        ("model.optimizer=SGD", "was made with another config: model.optimizer: AdamW → SGD"),
+        ("model.optimizer.lr=-1", "was made with another config: model.optimizer.lr: "),
+        ("trainer.max_epochs=1", "trainer.max_epochs: got 1, but"),
+    ],
+)
+def test_a_run_goes_on_as_the_one_that_it_was(
+    cli: Cli, trained: Trained, tmp_path: Path, setting: str, says: str
+) -> None:
+    """And what it was stays written down."""
+    folder = tmp_path / "tiny/0"
+    shutil.copytree(trained.folder, folder)
+    last = folder / "checkpoints/last.ckpt"
+    if setting.startswith("trainer"):
+        content = torch.load(last, weights_only=True)
+        content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] = 2
+        torch.save(content, last)
+    files = [folder / name for name in ("config.yaml", "resolved.yaml", "status.json")]
+    before = [path.read_text() for path in files]
+    words = ["--config", folder / "config.yaml", "--ckpt_path", last, "--trainer.max_steps=99", f"--{setting}"]
+    assert says in cli("fit", *words).error
+    assert [path.read_text() for path in files] == before
+
+
+@pytest.mark.filterwarnings("error:.*non-meta")
+def test_a_run_starts_from_the_weights_of_another_without_a_word_too_much(
+    cli: Cli, trained: Trained, tmp_path: Path
+) -> None:
+    words = ["--config", trained.folder / "config.yaml", "--weights", trained.folder / "checkpoints/best.ckpt"]
+    assert cli("fit", *words, "--runs", tmp_path, "--dry-run").code == 0
+
+
 @pytest.mark.parametrize("command", ["fit", "test", "validate", "predict"])
 def test_a_checkpoint_of_another_net_is_one_line(cli: Cli, trained: Trained, command: str) -> None:
     last = trained.folder / "checkpoints/last.ckpt"

@@ -9,7 +9,7 @@ import pytest
 
 from framework.ablation.grid import cells
 from framework.config import compose, override
-from framework.measure import measure, meta_model
+from framework.measure import cost, meta_model
 from framework.run import train
 from tests.conftest import EXPERIMENTS
 
@@ -124,10 +124,10 @@ def test_the_table_is_the_zoo() -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo_costs_what_was_published(name: str) -> None:
-    found = measure(zoo(name))
+    found = cost(meta_model(zoo(name)))
     params, macs = ZOO[name]
-    assert found["params"] == params
-    assert found["macs"] == pytest.approx(macs * 1e9, rel=0.01)
+    assert found.params == params
+    assert found.macs == pytest.approx(macs * 1e9, rel=0.01)
 
 
 @pytest.mark.parametrize("path", sorted(KEYS.glob("*.txt")), ids=lambda path: path.stem)

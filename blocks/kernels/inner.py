@@ -22,6 +22,7 @@ from blocks.kernels import native
 from blocks.kernels.encoder import differentiable, parameters, spelled_out, standard
 from blocks.kernels.linear import PLAIN, eager
 from blocks.mlp import Mlp
+from blocks.norms import LayerNorm
 from blocks.residual import Residual, drop_path
 from blocks.transformer import Encoder
 
@@ -40,8 +41,8 @@ def serves(block: nn.Module, words: Tensor) -> bool:
         return False
     if type(block) is not Encoder or not standard(block):
         return False
-    if not (block.norm1.eps > 0 and block.norm2.eps > 0):  # lanes without a word hold zeros
-        return False
+    if any(isinstance(norm, LayerNorm) and norm.eps <= 0 for norm in (block.norm1, block.norm2)):
+        return False  # lanes without a word hold zeros
     if words.shape[1] > MOST_WORDS or words.shape[2] > MOST_WIDTH:
         return False
     if words.dtype != torch.float32 and not (

@@ -91,7 +91,7 @@ def check(study: Path, ablation: Ablation, cells: list[Cell], dump: Dump) -> lis
         if not path.exists() or (old := path.read_text(encoding="utf-8")) == text:
             continue
         # Both through the same loader: what it makes of a value does not matter, only whether it is the same.
-        if found := list(_differences(yaml.safe_load(old), yaml.safe_load(text))):
+        if found := list(differences(yaml.safe_load(old), yaml.safe_load(text))):
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise ConfigError(f"{path.parent}: was made with another config: {', '.join(found[:3])}{more}; {mend}")
     return texts
@@ -141,11 +141,11 @@ def read_study(study: Path) -> dict[str, Any]:
         raise ConfigError(f"{study}: is not the folder of a study: {error}") from error
 
 
-def _differences(old: object, new: object, path: str = "") -> Iterator[str]:
+def differences(old: object, new: object, path: str = "") -> Iterator[str]:
     """`key.of.the.value: old → new` for each value that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
-            yield from _differences(
+            yield from differences(
                 old.get(key, "(not set)"), new.get(key, "(not set)"), f"{path}.{key}" if path else key
             )
     elif old != new:

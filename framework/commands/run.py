@@ -7,6 +7,7 @@ import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,7 @@ def fit(args: Namespace, document: dict[str, Any]) -> int:
 def fit_in(folder: Path, document: dict[str, Any], checkpoint: Path | None) -> int:
     """Trains in a run folder, alone; says where it is, what came out, and after Ctrl-C how to go on."""
     from framework.ablation.lock import hold
-    from framework.config import dump
-    from framework.run import BEST, CONFIG, LAST, rank, train, write_text
+    from framework.run import BEST, LAST, rank, train
 
     if rank():  # a further process of the run that the first one shows
         train(folder, document, checkpoint, bar=False)
@@ -88,7 +88,6 @@ def fit_in(folder: Path, document: dict[str, Any], checkpoint: Path | None) -> i
     with hold(folder) as mine:
         if not mine:
             raise ConfigError(f"{folder}: another process trains in this folder; wait for it, or start another run")
-        write_text(folder / CONFIG, dump(document))  # a run that goes on may have been given more epochs
         out.print(f"run folder: {folder}")
         try:
             trainer = train(folder, document, checkpoint)
@@ -108,17 +107,17 @@ def fit_in(folder: Path, document: dict[str, Any], checkpoint: Path | None) -> i
 
 def fit_study(args: Namespace, document: dict[str, Any], slot: dict[str, Any]) -> int:
     from blocks import registry
+    from framework.ablation.grid import Ablation
     from framework.ablation.launch import Launcher
     from framework.ablation.study import plan, run_study
     from framework.ablation.tables import collect
     from framework.config import dump, override
-    from framework.measure import measure
-    from framework.run import fit_folder
+    from framework.run import fit_folder, planned
 
     if args.ckpt_path:
         raise ConfigError("--ckpt_path: a study goes on by itself; give its config alone, and finished runs are kept")
     launcher: Launcher = registry.find(Launcher, slot["class_path"])(**slot.get("init_args", {}))
-    root = Path(args.runs)
+    root, measure = Path(args.runs), partial(planned, metrics=Ablation.read(document).metrics)
     if args.dry_run:
         folders = plan(document, root, override, measure, dump, args.only)
         print(launcher.plan(folders) if folders else "nothing is left to run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 from framework.commands import document as composed
@@ -36,11 +37,13 @@ def plan(args: Namespace) -> int:
         raise ConfigError(f"{args.config[-1]}: has no ablation section to plan; see describe for a single net")
     from blocks import registry
     from framework.ablation import study
+    from framework.ablation.grid import Ablation
     from framework.ablation.launch import Launcher
     from framework.ablation.probe import Expectation
     from framework.config import dump, override
-    from framework.measure import measure
+    from framework.run import planned
 
+    measure = partial(planned, metrics=Ablation.read(document).metrics)
     made = registry.find(Launcher, launcher["class_path"])(**launcher.get("init_args", {}))
     expect = None if args.no_probe else Expectation(made)
     study.plan(document, Path(args.runs), override, measure, dump, args.only, expect)

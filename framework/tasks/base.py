@@ -37,6 +37,9 @@ class Task(LightningModule, ABC):
     def example(self, batch: int = 1) -> Tensor:
         """Images of the size that the net was built for, on the net's device."""
 
+    def check_values(self) -> None:
+        """Raises ConfigError for values of this task that would end a run at its first step."""
+
     def configure_model(self) -> None:
         """Under Lightning's ModelParallelStrategy: shards each block, and the rest (FSDP2). Else does nothing."""
         mesh = self.device_mesh

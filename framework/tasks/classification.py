@@ -233,15 +233,20 @@ class Classification(Task):
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return self(batch[0]).softmax(dim=1)
 
+    def check_values(self) -> None:
+        self._made_optimizer(fused=False)
+
+    def _made_optimizer(self, fused: bool) -> torch.optim.Optimizer:
+        try:
+            return self.optimizer.build(self, fused)
+        except ValueError as error:  # torch checks the values here
+            raise ConfigError(f"model.optimizer: {error}") from error
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         # Lightning does not clip gradients that a fused optimizer unscales by itself; torch has no fused SGD for
         # sharded parameters.
         scaled = self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision)
-        fused = not scaled and self.device_mesh is None
-        try:
-            optimizer = self.optimizer.build(self, fused)
-        except ValueError as error:  # torch checks the values here
-            raise ConfigError(f"model.optimizer: {error}") from error
+        optimizer = self._made_optimizer(fused=not scaled and self.device_mesh is None)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ConfigError("trainer.max_epochs: the schedule needs an end; give max_epochs or max_steps")
