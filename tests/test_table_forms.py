@@ -223,6 +223,14 @@ def test_watching_a_log_prints_a_line_for_each_change(tmp_path, capsys, monkeypa
     assert (study / "table.html").exists()
 
 
+def test_progress_shows_a_diverged_run_as_one(tmp_path):
+    study, (run, _) = waiting_study(tmp_path)
+    write_status(run, Status("finished", 3, 3, {"val/acc1": 0.1, "val/loss": math.inf}))
+    progress = view.Progress(view.runs_of(study, lambda choices: True), "val/acc1")
+    assert progress.line(next(iter(progress.statuses))) == "[1/2] word=0 seed=0  val/acc1 nan"
+    assert "nan" in str(next(iter(progress.lines().columns[1].cells)))
+
+
 def test_watching_in_a_terminal_draws_the_table_again(tmp_path, capsys, monkeypatch):
     at(monkeypatch, 100)
     study, (one, two) = waiting_study(tmp_path)
