@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from blocks.base import PARTS, Shape
-from framework.backbones import Level
+from blocks.base import PARTS, Block, BuildError, Features, Shape
+from framework.backbones import Composed, Level
 from framework.config import load_plugins
 from framework.construct import build_model
 from framework.data import Image
@@ -52,15 +53,24 @@ def meta_model(document: Mapping[str, Any], facts: tuple[Image, int] | None = No
 
 
 def cost(task: Task) -> Cost:
-    """The cost of a task's net; the task should be on the meta device, and is left in eval mode without gradients."""
+    """The cost of a task's net; the task should be on the meta device, and is left in eval mode without gradients.
+
+    Raises:
+        BuildError: its logits do not depend on the image.
+    """
     trainable = sum(p.numel() for p in task.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in task.parameters() if not p.requires_grad)
     # Not under no_grad: torch then takes paths of attention that the counter does not know.
     task.eval().requires_grad_(False)
     task.backbone.keep(PARTS)
-    images = task.example()
-    with FlopCounterMode(display=False) as counter:
+    images, net = task.example(), task.backbone
+    prefixed = [block for block in net.chain() if block.out.prefix] if isinstance(net, Composed) else []
+    given: list[Features] = []
+    noting = prefixed[0].register_forward_pre_hook(lambda _, args: given.append(args[0])) if prefixed else nullcontext()
+    with noting, FlopCounterMode(display=False) as counter:
         task(images)
+    if given and not _reached(prefixed, given[0]):
+        _check_head(task)
     task.backbone.keep(task.read_parts())
     counts = counter.get_flop_counts()
     root = type(task).__name__
@@ -83,6 +93,26 @@ def cost(task: Task) -> Cost:
         levels=task.backbone.levels,
         blocks=blocks,
     )
+
+
+def _reached(blocks: Sequence[Block], features: Features) -> bool:
+    """Whether blocks give the prefix anything of the map: its gradients show it, as there are no others."""
+    features = features.replace(map=features.map.detach().requires_grad_())
+    for block in blocks:
+        features = block(features)
+        if features.prefix is None or features.prefix.requires_grad:
+            return True  # mostly behind the first block: the others need not run
+    return not features.map.requires_grad  # else blocks do without gradients, and nothing is known
+
+
+def _check_head(task: Task) -> None:
+    """Raises BuildError where the logits do not depend on the image."""
+    if not task(task.example().requires_grad_()).requires_grad:
+        head = type(getattr(task, "head", task)).__name__
+        raise BuildError(
+            f"model.head: {head}'s logits do not depend on the image: no block gives its prefix tokens anything of the "
+            "map; put one behind them that mixes tokens (Encoder, TNT), or use AveragePoolHead"
+        )
 
 
 def measure(document: Mapping[str, Any]) -> dict[str, int]:

@@ -26,7 +26,7 @@ from framework.construct import Workbench, complete
 from framework.data import splits
 from framework.errors import ConfigError, suggest
 from framework.loop import Unprofiled, passed_over
-from framework.measure import meta_model
+from framework.measure import cost, meta_model
 from framework.provenance import write_provenance
 from framework.tasks.base import Task
 from framework.weights.transfer import source, start_from
@@ -125,6 +125,7 @@ def check(document: Mapping[str, Any], checkpoint: Path | None = None) -> None:
     if not given.get("fast_dev_run") and max(given.get("max_epochs") or 0, given.get("max_steps") or 0) < 1:
         raise ConfigError("trainer.max_epochs: nothing says how long to train; set it, as --trainer.max_epochs=300")
     model = meta_model(document)
+    cost(model)  # a net that cannot learn is refused
     if checkpoint:
         found = read_checkpoint(checkpoint)
         check_weights(model, found["state_dict"], checkpoint)

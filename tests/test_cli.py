@@ -29,6 +29,9 @@ def tiny_file(tiny: Callable[..., dict[str, Any]], tmp_path: Path) -> Path:
 
 # ---- mistakes
 
+# NCB passes the class token by.
+BLIND = ["--model.backbone.stem={class_path: PatchStem, init_args: {patch: 4}}", "--model.backbone.pattern=ncb*2",
+         "--model.backbone.blocks={ncb: NCB}", "--model.backbone.dim=32"]  # fmt: skip
 MISTAKES: dict[str, tuple[str, list[Any], list[str]]] = {
     "misspelt block": ("describe", [TNT, "--model.backbone.blocks.tnt=TMT"],
         ["model.backbone.blocks.tnt: ", "'TMT'", "did you mean 'TNT'?"]),
@@ -122,6 +125,9 @@ MISTAKES: dict[str, tuple[str, list[Any], list[str]]] = {
     "cell that cannot be built": (
         "plan", [POS, "--ablation.axes.word.bad={model.backbone.blocks.tnt.outer.mixer.heads: 7}"],
         ["cell none/bad: model.backbone.blocks.tnt.outer.mixer: ", "heads: 7"]),
+    "class token that sees nothing": ("fit", [TNT, *BLIND], ["model.head: ClassTokenHead's logits do not depend on"]),
+    "class token of a cell that sees nothing": ("plan", [POS, *BLIND],
+        ["cell none/none: model.head: ClassTokenHead's logits do not depend on the image", "AveragePoolHead"]),
     "setting of an axis": ("plan", [POS, "--ablation.axes.word.bad={model.backbone.dmi: 7}"],
         ["ablation.axes.word.bad: model.backbone.dmi: ", "did you mean 'dim'?"]),
     "argument of the study": ("plan", [POS, "--ablation.seed=[0]"], ["ablation.seed: ", "did you mean 'seeds'?"]),
