@@ -160,6 +160,16 @@ def complete(document: Mapping[str, Any], facts: tuple[Image, int] | None = None
     return resolved
 
 
+def check_validated(given: Mapping[str, Any]) -> None:
+    """Raises ConfigError where these arguments of a Trainer leave the last epoch, whose metrics count, unvalidated."""
+    epochs, every = given.get("max_epochs") or 0, given.get("check_val_every_n_epoch") or 1
+    if epochs > 0 and epochs % every and not given.get("fast_dev_run"):
+        raise ConfigError(
+            f"trainer.check_val_every_n_epoch: got {every}, which does not divide trainer.max_epochs: {epochs}, so "
+            f"the last epoch is not validated; give a divisor of {epochs}, or max_epochs: {-(-epochs // every) * every}"
+        )
+
+
 @lru_cache(maxsize=64)
 def _facts(section: str) -> tuple[Image, int]:
     """Image and number of classes of a data section; the cells of a study share theirs."""

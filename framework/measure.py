@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from blocks.base import PARTS, Block, BuildError, Features, Shape
 from framework.backbones import Composed, Level
 from framework.config import load_plugins
-from framework.construct import build_model
+from framework.construct import build_model, check_validated
 from framework.data import Image
 from framework.tasks import Task
 
@@ -116,7 +116,12 @@ def _check_head(task: Task) -> None:
 
 
 def measure(document: Mapping[str, Any]) -> dict[str, int]:
-    """Trainable parameters and MACs of a document's net: `{params, macs}`. Runs in a fresh process too."""
+    """Trainable parameters and MACs of a document's net: `{params, macs}`. Runs in a fresh process too.
+
+    Raises:
+        ConfigError, BuildError: it cannot be built, or its last epoch would not be validated.
+    """
     load_plugins(document.get("plugins", []))
+    check_validated(document["trainer"])
     found = cost(meta_model(document))
     return {"params": found.params, "macs": found.macs}

@@ -22,7 +22,7 @@ from framework.ablation.state import read_study, write_text
 from framework.callbacks import Bar, Checkpoints, Keep, Last, RandomState, Record, RunState
 from framework.checkpoints import Kept, WholeFiles, read_checkpoint
 from framework.config import compose, dump
-from framework.construct import Workbench, complete
+from framework.construct import Workbench, check_validated, complete
 from framework.data import splits
 from framework.errors import ConfigError, suggest
 from framework.loop import Unprofiled, passed_over
@@ -124,6 +124,7 @@ def check(document: Mapping[str, Any], checkpoint: Path | None = None) -> None:
     given = document["trainer"]
     if not given.get("fast_dev_run") and max(given.get("max_epochs") or 0, given.get("max_steps") or 0) < 1:
         raise ConfigError("trainer.max_epochs: nothing says how long to train; set it, as --trainer.max_epochs=300")
+    check_validated(given)
     model = meta_model(document)
     cost(model)  # a net that cannot learn is refused
     if checkpoint:
