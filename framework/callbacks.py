@@ -96,6 +96,9 @@ class RunState(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning also knows what an earlier epoch has measured.
         self.metrics = {k: v for k, v in scalars(trainer).items() if self.validated or not k.startswith("val/")}
+        # A task logs its rate behind this, so that the one that Lightning knows is of the epoch before.
+        if trainer.optimizers:
+            self.metrics["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         self.curves.append({"epoch": float(trainer.current_epoch), **self.metrics})
         if trainer.is_global_zero:
             columns = list(dict.fromkeys(name for row in self.curves for name in row))

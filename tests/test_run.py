@@ -89,6 +89,17 @@ def test_an_epoch_without_validation_has_none_of_its_numbers(tmp_path: Path) -> 
     assert not [name for name in read_status(path).metrics if name.startswith("val/")]
 
 
+def test_curves_have_the_learning_rate_of_each_epoch(whole: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(whole / "tensorboard"))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("lr")]
+    with (whole / "curves.csv").open(newline="") as file:
+        assert [float(row["lr"]) for row in csv.DictReader(file)] == pytest.approx(logged)
+    assert read_status(whole).metrics["lr"] == pytest.approx(logged[-1])
+
+
 def test_tensorboard_has_curves_samples_and_a_row_of_hparams(whole: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
