@@ -156,7 +156,7 @@ class SinCosPosition(Position):
         temperature: base of the frequencies.
 
     Raises:
-        BuildError: the width is not a multiple of 4.
+        BuildError: the width is not a multiple of 4, or the temperature not above 0.
 
     Source: MAE, arXiv 2111.06377, appendix A.1; facebookresearch/mae util/pos_embed.py.
     """
@@ -166,6 +166,8 @@ class SinCosPosition(Position):
     def tokens(self, at: Shape) -> TokenPosition:
         if at.dim % 4:
             raise BuildError(f"SinCosPosition needs a width that 4 divides, got {at.dim}")
+        if not self.temperature > 0:
+            raise BuildError(f"SinCosPosition needs a temperature above 0, got {self.temperature}")
         return SinCosTable(at, self.temperature)
 
 
@@ -312,7 +314,7 @@ class RoPE(Position):
         base: base of the frequencies.
 
     Raises:
-        BuildError: the head width is below 4.
+        BuildError: the head width is below 4, or the base not above 0.
 
     Source: RoFormer, arXiv 2104.09864; axial form of EVA-02, arXiv 2303.11331, as timm's RotaryEmbeddingCat.
     """
@@ -322,4 +324,6 @@ class RoPE(Position):
     def scores(self, at: Shape, heads: int, head_dim: int, keys: Grid) -> ScorePosition:
         if head_dim < 4:
             raise BuildError(f"RoPE needs heads of at least 4 channels, got {head_dim}; use fewer heads")
+        if not self.base > 0:
+            raise BuildError(f"RoPE needs a base above 0, got {self.base}")
         return Rotation(at.grid, head_dim, self.base)

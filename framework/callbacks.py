@@ -44,6 +44,8 @@ class RunState(Callback):
     def __init__(self, folder: Path, measures: dict[str, float]) -> None:
         self.folder, self.measures = folder, dict(measures)
         self.curves: list[dict[str, float]] = []
+        self.metrics: dict[str, float] = {}  # of the last epoch
+        self.validated = False  # in this epoch
         self.seconds = 0.0
         self.since = time.monotonic()
         self.timers = {"train_images_per_s": Timer(), "images_per_s": Timer()}
@@ -64,12 +66,15 @@ class RunState(Callback):
             measures = {**self.measures, **speed, "seconds": round(self._seconds(), 2), "peak_mib": peak_mib()}
             done = epochs if state == "finished" else trainer.current_epoch
             # One that went on with nothing left to train, or that fails at once, keeps the metrics that it had.
-            metrics = scalars(trainer) or read_status(self.folder).metrics
+            metrics = self.metrics or read_status(self.folder).metrics
             write_status(self.folder, Status(state, done, epochs, metrics, measures, error))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.since = time.monotonic()
         self._write(trainer, "running")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validated = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.timers["train_images_per_s"].start(len(batch[0]))
@@ -85,8 +90,16 @@ class RunState(Callback):
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self.timers["images_per_s"].stop()
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validated = True
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.curves.append({"epoch": float(trainer.current_epoch), **scalars(trainer)})
+        # Lightning also knows what an earlier epoch has measured.
+        self.metrics = {k: v for k, v in scalars(trainer).items() if self.validated or not k.startswith("val/")}
+        # A task logs its rate behind this, so that the one that Lightning knows is of the epoch before.
+        if trainer.optimizers:
+            self.metrics["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+        self.curves.append({"epoch": float(trainer.current_epoch), **self.metrics})
         if trainer.is_global_zero:
             columns = list(dict.fromkeys(name for row in self.curves for name in row))
             text = io.StringIO()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from blocks.base import PARTS, Shape
+from blocks.base import PARTS, BuildError, Shape
 from framework.backbones import Level
 from framework.construct import build_model
 from framework.data import Image
@@ -51,15 +51,26 @@ def meta_model(document: Mapping[str, Any], facts: tuple[Image, int] | None = No
 
 
 def cost(task: Task) -> Cost:
-    """The cost of a task's net; the task should be on the meta device, and is left in eval mode without gradients."""
+    """The cost of a task's net; the task should be on the meta device, and is left in eval mode without gradients.
+
+    Raises:
+        BuildError: its logits do not depend on the image.
+    """
     trainable = sum(p.numel() for p in task.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in task.parameters() if not p.requires_grad)
     # Not under no_grad: torch then takes paths of attention that the counter does not know.
     task.eval().requires_grad_(False)
     task.backbone.keep(PARTS)
-    images = task.example()
-    with FlopCounterMode(display=False) as counter:
+    images, seen = task.example().requires_grad_(), []
+    looking = task.backbone.register_forward_hook(lambda backbone, given, features: seen.append(features))
+    with looking, FlopCounterMode(display=False) as counter:
         task(images)
+    if task.read_parts() == {"prefix"} and any(f.map.requires_grad and not f.prefix.requires_grad for f in seen):
+        head = type(getattr(task, "head", task)).__name__
+        raise BuildError(
+            f"model.head: {head}'s logits do not depend on the image: no block gives its prefix tokens anything of the "
+            "map; put one behind them that mixes tokens (Encoder, TNT), or use AveragePoolHead"
+        )
     task.backbone.keep(task.read_parts())
     counts = counter.get_flop_counts()
     root = type(task).__name__

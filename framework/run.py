@@ -26,7 +26,7 @@ from framework.construct import Workbench, complete
 from framework.data import splits
 from framework.errors import ConfigError, suggest
 from framework.loop import Unprofiled, passed_over
-from framework.measure import cost, meta_model
+from framework.measure import Cost, cost, meta_model
 from framework.provenance import write_provenance
 from framework.tasks.base import Task
 from framework.weights.transfer import source, start_from
@@ -143,16 +143,29 @@ ANYWHERE: dict[str, Any] = {
 }
 
 
-def check(document: Mapping[str, Any], checkpoint: Path | None = None, **machine: Any) -> Task:
+def check_validated(given: Mapping[str, Any]) -> None:
+    """Raises ConfigError where these arguments of a Trainer leave the last epoch, whose metrics count, unvalidated."""
+    epochs, every = given.get("max_epochs") or 0, given.get("check_val_every_n_epoch") or 1
+    if epochs > 0 and epochs % every and not given.get("fast_dev_run"):
+        raise ConfigError(
+            f"trainer.check_val_every_n_epoch: got {every}, which does not divide trainer.max_epochs: {epochs}, so "
+            f"the last epoch is not validated; give a divisor of {epochs}, or max_epochs: {-(-epochs // every) * every}"
+        )
+
+
+def check(
+    document: Mapping[str, Any], checkpoint: Path | None = None, metrics: Sequence[str] = (), **machine: Any
+) -> Cost:
     """Raises what `train` would raise before its first step, as far as that can be known without data.
 
     Args:
         document: a composed document without an ablation.
         checkpoint: what it goes on from.
+        metrics: what will be compared.
         machine: what the Trainer is told in place of the document's.
 
     Returns:
-        The task, on the meta device.
+        What its net costs.
     """
     given = document["trainer"]
     if not given.get("fast_dev_run") and max(given.get("max_epochs") or 0, given.get("max_steps") or 0) < 1:
@@ -162,6 +175,7 @@ def check(document: Mapping[str, Any], checkpoint: Path | None = None, **machine
         if isinstance(value, int | float) and value < least:
             raise ConfigError(f"trainer.{name}: got {value}, must be {'above' if least == 1e-9 else 'at least'} "
                               f"{least:.0f}")  # fmt: skip
+    check_validated(given)
     model = meta_model(document)
     if checkpoint:
         found = read_checkpoint(checkpoint)
@@ -181,7 +195,11 @@ def check(document: Mapping[str, Any], checkpoint: Path | None = None, **machine
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     check_watched(bench.make_trainer(**quiet, **machine), model)
     model.check_values()
-    return model
+    if model.logged and not given.get("callbacks"):  # those may log what they like
+        for name in metrics:
+            if name not in model.logged:
+                raise ConfigError(f"ablation.metric: nothing logs {name!r} ({suggest(name, model.logged)})")
+    return cost(model)
 
 
 def check_goes_on(document: Mapping[str, Any], checkpoint: Path) -> None:
@@ -208,19 +226,10 @@ def planned(document: Mapping[str, Any], metrics: Sequence[str] = ()) -> dict[st
     Runs in a fresh process too.
 
     Args:
-        document: as of `check`.
-        metrics: what will be compared.
-
-    Raises:
-        ConfigError, BuildError: what `check` raises, or a metric that nothing logs.
+        document, metrics: as of `check`, which raises for them.
     """
     load_plugins(document.get("plugins", []))
-    model = check(document, **ANYWHERE)
-    if model.logged and not document["trainer"].get("callbacks"):  # those may log what they like
-        for name in metrics:
-            if name not in model.logged:
-                raise ConfigError(f"ablation.metric: nothing logs {name!r} ({suggest(name, model.logged)})")
-    found = cost(model)
+    found = check(document, metrics=metrics, **ANYWHERE)
     return {"params": found.params, "macs": found.macs}
 
 

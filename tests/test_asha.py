@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,14 @@ def test_only_news_of_running_runs_of_the_same_length_are_judged():
     assert not rule.hopeless(Path("one"), at(1, 0.1, epochs=1))
     assert rule.hopeless(Path("bad"), bad)
     assert not rule.hopeless(Path("bad"), bad)  # once is enough
+
+
+@installed
+def test_an_accuracy_beside_a_loss_that_diverged_does_not_count():
+    rule = Asha(Metric("val/acc1"), grace=1, factor=2)
+    diverged = Status("running", 1, 16, {"val/acc1": 0.9, "val/loss": math.nan})
+    assert not rule.hopeless(Path("diverged"), diverged)
+    assert stopped(rule, 1, {0: 0.5, 1: 0.6}) == []
 
 
 @installed

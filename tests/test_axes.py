@@ -45,6 +45,12 @@ def test_one_at_a_time_begins_with_the_baseline_and_changes_one_axis():
     assert made[2].folder == "norm=batch,dim=48,depth=4/seed=0"
 
 
+def test_plug_ins_are_those_of_the_whole_study():
+    axes = {"norm": {"batch": {}, "own": {"plugins": ["own.py"], "model.norm": "Own"}}}
+    with pytest.raises(ConfigError, match=r"^ablation\.axes\.norm\.own: sets plugins, which all cells share; put it"):
+        names(axes=axes)
+
+
 def test_zipped_axes_vary_together():
     made = cells(document(**{"with": [["dim", "depth"]]}), override)
     assert [cell.name for cell in made] == [f"{n}/{d}" for n in ("batch", "layer") for d in ("48/2", "96/4", "192/8")]

@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from blocks.base import PARTS, BuildError, Features
-from blocks.heads import ClassTokenHead, DistilledHead
+from blocks.heads import AveragePoolHead, ClassTokenHead, DistilledHead, HeadFactory
 from blocks.nextvit import NTB
 from blocks.positions import LearnedPosition
 from blocks.stems import ConvStem, PatchStem
 from blocks.tnt import TNT, SentenceStem
+from blocks.transformer import Encoder
 from framework.backbones import Backbone, Composed, Isotropic, Pyramid, Stage, TimmBackbone
 from framework.construct import build_model
 from framework.data import Image
+from framework.measure import cost
+from framework.tasks import Classification
 from tests.contract import assert_channels_last
 from tests.test_build import BLOCKS, ENC, INNER, TNT_BLOCK, _WrongShape
 
@@ -168,6 +171,54 @@ def test_state_dict_keys_of_stages() -> None:
     assert [key for key, _, _ in net("pyramid").steps()][-5:] == [
         "stages.s3.entry", *(f"stages.s3.blocks.{i}" for i in range(4))
     ]  # fmt: skip
+
+
+# ---- prefix tokens that see the map
+
+
+class _Detached(ClassTokenHead):
+    """Learns from features that do not learn from it."""
+
+    def pooled(self, features: Features) -> Tensor:
+        return super().pooled(features).detach()
+
+
+class _Told(Encoder):
+    """Gives the prefix what is in the map, and no gradients to the map."""
+
+    def forward(self, features: Features) -> Features:
+        assert features.prefix is not None
+        return features.replace(
+            map=features.map.detach(), prefix=features.prefix + features.map.detach().mean((2, 3))[:, None]
+        )
+
+
+def with_head(pattern: str, head: HeadFactory = ClassTokenHead, prefix: int = 0) -> Classification:
+    stem = partial(PatchStem, patch=4, prefix=prefix)
+    with torch.device("meta"):
+        return Classification(partial(Isotropic, blocks=SEEING, pattern=pattern, dim=32, stem=stem), Image(32), 7, head)
+
+
+SEEING = {**BLOCKS, "told": _Told}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "prefix"), [("ncb*2", 1), ("ncb cls ncb id", 0), ("enc cls", 0), ("enc cls ncb", 0), ("ncb cls id", 1)]
+)
+def test_a_class_token_that_sees_nothing_is_refused(pattern: str, prefix: int) -> None:
+    with pytest.raises(BuildError, match=r"^model\.head: ClassTokenHead's logits do not depend on the image: no block"):
+        cost(with_head(pattern, prefix=prefix))
+    cost(with_head(pattern, AveragePoolHead, prefix))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "prefix"),
+    [("ncb enc", 1), ("ncb cls ncb enc ncb", 0), ("enc ncb", 1), ("ncb told", 1), ("enc cls enc", 1)],
+)
+def test_a_class_token_that_sees_the_map_is_not_refused(pattern: str, prefix: int) -> None:
+    cost(with_head(pattern, prefix=prefix))
+    if "told" not in pattern:
+        cost(with_head(pattern, _Detached, prefix))
 
 
 # ---- modules from outside, by config alone

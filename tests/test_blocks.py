@@ -36,6 +36,7 @@ from blocks.base import (
 from blocks.cct import ConvTokenizer
 from blocks.heads import Head
 from blocks.nextvit import EMHSA, NCB, NTB
+from blocks.norms import BatchNorm, LayerNorm, RMSNorm
 from blocks.positions import RoPE
 from blocks.registry import usable
 from blocks.revcol import Fusion
@@ -280,3 +281,10 @@ def test_a_mistake_is_one_line_that_says_what_is_wrong(cls: type, site: Site, ar
         cls(replace(site, where="model.here"), **args)
     assert str(caught.value).startswith("model.here")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("norm", [LayerNorm, RMSNorm, BatchNorm])
+def test_no_norm_takes_the_root_of_less_than_nothing(norm: type) -> None:
+    with pytest.raises(BuildError, match=f"^{norm.__name__} needs an eps of at least 0, got -1.0$"):
+        norm(8, eps=-1.0)
+    norm(8, eps=0.0)

@@ -123,6 +123,11 @@ def test_a_stride_is_offered_until_a_block_takes_it(pattern: str, grids: list[in
     assert [shape.grid for shape in shapes(pattern, stride=2)] == [(n, n) for n in grids]
 
 
+@pytest.mark.parametrize(("size", "stride", "grid"), [(10, 4, 3), (11, 4, 3), (7, 2, 4), (5, 4, 2), (3, 4, 1)])
+def test_a_stride_may_leave_a_rest(size: int, stride: int, grid: int) -> None:
+    assert shapes("ncb", Shape(32, (size, size)), stride=stride)[-1].grid == (grid, grid)
+
+
 def test_a_stride_is_not_offered_again_once_it_is_taken() -> None:
     first, second = compose([section("ncb*2", stride=2), section("ncb*2", stride=2)], MAP)
     assert [block.out.grid for block in first + second] == [(4, 4), (4, 4), (2, 2), (2, 2)]

@@ -29,6 +29,9 @@ def tiny_file(tiny: Callable[..., dict[str, Any]], tmp_path: Path) -> Path:
 
 # ---- mistakes
 
+# NCB passes the class token by.
+BLIND = ["--model.backbone.stem={class_path: PatchStem, init_args: {patch: 4}}", "--model.backbone.pattern=ncb*2",
+         "--model.backbone.blocks={ncb: NCB}", "--model.backbone.dim=32"]  # fmt: skip
 MISTAKES: dict[str, tuple[str, list[Any], list[str]]] = {
     "misspelt block": ("describe", [TNT, "--model.backbone.blocks.tnt=TMT"],
         ["model.backbone.blocks.tnt: ", "'TMT'", "did you mean 'TNT'?"]),
@@ -107,6 +110,12 @@ MISTAKES: dict[str, tuple[str, list[Any], list[str]]] = {
         ["trainer.limit_val_batches: expected int | float | null, got [1]"]),
     "no length": ("fit", [EXPERIMENTS / "zoo/deit_ti.yaml", "--trainer.max_epochs=null"],
         ["trainer.max_epochs: nothing says how long to train"]),
+    "last epoch without validation": ("fit",
+        [TNT, "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2"],
+        ["trainer.check_val_every_n_epoch: got 2, which does not divide trainer.max_epochs: 3", "or max_epochs: 4"]),
+    "last epoch of a cell without validation": ("plan",
+        [POS, "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=5"],
+        ["cell none/none: trainer.check_val_every_n_epoch: got 5, ", "give a divisor of 3, or max_epochs: 5"]),
     "data files missing": ("fit", [EXPERIMENTS / "zoo/deit_ti.yaml", "--trainer.max_epochs=1", "--data.root=/nowhere"],
         ["data.root: no ImageNet under /nowhere"]),
     "missing data file": ("fit", [TNT, "--data={class_path: Npz, init_args: {path: /nowhere/x.npz}}"],
@@ -144,6 +153,9 @@ MISTAKES: dict[str, tuple[str, list[Any], list[str]]] = {
     "no batches": (
         "fit", [TNT, "--trainer.limit_train_batches=0"], ["trainer.limit_train_batches: got 0, must be above 0"],
     ),
+    "class token that sees nothing": ("fit", [TNT, *BLIND], ["model.head: ClassTokenHead's logits do not depend on"]),
+    "class token of a cell that sees nothing": ("plan", [POS, *BLIND],
+        ["cell none/none: model.head: ClassTokenHead's logits do not depend on the image", "AveragePoolHead"]),
     "setting of an axis": ("plan", [POS, "--ablation.axes.word.bad={model.backbone.dmi: 7}"],
         ["ablation.axes.word.bad: model.backbone.dmi: ", "did you mean 'dim'?"]),
     "argument of the study": ("plan", [POS, "--ablation.seed=[0]"], ["ablation.seed: ", "did you mean 'seeds'?"]),

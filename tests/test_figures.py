@@ -94,6 +94,10 @@ def test_curves_are_means_over_seeds_and_the_best_cells(tmp_path):
     assert [line.get_label() for line in one.lines] == ["none (baseline)", "a"]
     assert list(one.lines[1].get_ydata())[-2:] == pytest.approx([70, 85])
     assert list(two.lines[0].get_ydata())[:2] == [1, 0.5]
+    diverged = study / "word=0" / "seed=0" / "curves.csv"
+    diverged.write_text(diverged.read_text().replace("4,0.7,0.2,", "4,0.1,nan,"))
+    shown = figure.curves(study, collect(study)).axes[0].lines[0].get_ydata()
+    assert [math.isnan(value) for value in shown] == [False] * 4 + [True, False]
     values = {f"{i:02}": [0.5 + i / 100] for i in range(14)}
     study = write_study(tmp_path / "many", values=values, baseline={"word": "00"})
     write_curves(study)

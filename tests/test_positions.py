@@ -179,6 +179,14 @@ def test_relative_bias_needs_keys_on_the_grid_of_its_queries() -> None:
         EMHSA(Site.at(32, 4, position=RelativeBias()), sr_ratio=2)
 
 
+@pytest.mark.parametrize("number", [0.0, -2.0, math.nan])
+def test_frequencies_have_a_base_above_zero(number: float) -> None:
+    with pytest.raises(BuildError, match=f"^RoPE needs a base above 0, got {number}$"):
+        RoPE(base=number).scores(Shape(8, (4, 4)), heads=2, head_dim=4, keys=(4, 4))
+    with pytest.raises(BuildError, match=f"^SinCosPosition needs a temperature above 0, got {number}$"):
+        SinCosPosition(temperature=number).tokens(Shape(8, (4, 4)))
+
+
 # ---- conditional
 
 

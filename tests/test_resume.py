@@ -94,9 +94,8 @@ def start(path: Path, chosen: dict, *callbacks: Callback, kind: str = "") -> Non
 
 
 def curves(path: Path) -> list[dict[str, str]]:
-    """Without the learning rate, which the first row of each process leaves out."""
     with (path / "curves.csv").open(newline="") as file:
-        return [{name: value for name, value in row.items() if name != "lr"} for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
 
 
 def same(one: Path, two: Path) -> None:

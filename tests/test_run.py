@@ -1,5 +1,6 @@
 """Runs: killed and gone on with to the same weights, interrupted with a checkpoint, recorded for TensorBoard."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -76,6 +77,27 @@ def test_a_killed_run_goes_on_to_the_same_weights(whole: Path, tmp_path: Path) -
     for key, value in one["state_dict"].items():
         assert torch.equal(value, two["state_dict"][key]), key
     assert read_status(whole).metrics == read_status(path).metrics
+
+
+def test_an_epoch_without_validation_has_none_of_its_numbers(tmp_path: Path) -> None:
+    path = folder(tmp_path / "a", **{"trainer.max_epochs": 3, "trainer.check_val_every_n_epoch": 2})
+    runs.fit_folder(path)
+    with (path / "curves.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["val/acc1"]) for row in rows] == [False, True, False]
+    assert all(row["train/loss"] for row in rows)
+    assert not [name for name in read_status(path).metrics if name.startswith("val/")]
+
+
+def test_curves_have_the_learning_rate_of_each_epoch(whole: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(whole / "tensorboard"))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("lr")]
+    with (whole / "curves.csv").open(newline="") as file:
+        assert [float(row["lr"]) for row in csv.DictReader(file)] == pytest.approx(logged)
+    assert read_status(whole).metrics["lr"] == pytest.approx(logged[-1])
 
 
 def test_tensorboard_has_curves_samples_and_a_row_of_hparams(whole: Path) -> None:

@@ -25,6 +25,7 @@ def folder(tmp_path):
 
 
 def test_markdown(folder):
+    path = str(folder).replace("_", "\\_")
     assert markdown(collect(folder)) == (
         "**pos: val/acc1, mean ± std, seeds 0, 1, 2**\n"
         "\n"
@@ -33,7 +34,7 @@ def test_markdown(folder):
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         "| none | 3 | 94.0 ± 2.0 | [89.0, 99.0] | baseline | – | – | 23.8M | 5.22G | 80.5 |\n"
         "| learned | 2 | **95.5 ± 0.7** | [89.1, 101.9] | +2.5 [-3.9, +8.9] | 1.000 | 0.126 | 23.8M | 5.22G | 81.0 |\n"
-        "| odd\\|1_% | 1 | 90.0 ± – | – | -2.0 | 1.000 | – | 23.8M | 5.22G | – |\n"
+        "| odd\\|1\\_% | 1 | 90.0 ± – | – | -2.0 | 1.000 | – | 23.8M | 5.22G | – |\n"
         "| last | 0 | failed | – | – | – | – | 23.8M | 5.22G | – |\n"
         "\n"
         f"{READ}\n"
@@ -43,8 +44,33 @@ def test_markdown(folder):
         "paper: TNT, table 6\n"
         "\n"
         "- failed: word=3 seed=1: exit code 1: ValueError: shapes 4x8 and 16x32 do not fit "
-        f"({folder}/word=3/seed=1/log.txt)\n"
+        f"({path}/word=3/seed=1/log.txt)\n"
     )
+
+
+def test_markdown_shows_names_as_they_are(tmp_path):
+    names = ["none", "<i>t</i>", "__init__", "a|b", "*x*", "`c`", "\\d"]
+    axes = {"ax|is_1%": names}
+    cells = [
+        {"folder": f"word={place}", "choices": {"ax|is_1%": name}, "params": 1, "macs": 1}
+        for place, name in enumerate(names)
+    ]
+    study = write_study(
+        tmp_path, values={name: [0.5 + place / 100] * 12 for place, name in enumerate(names)}, seeds=list(range(12)),
+        axes=axes, cells=cells, baseline={"ax|is_1%": "none"}, name="a_b_c", published=None,
+    )  # fmt: skip
+    for place in range(1, 7):  # small differences that are not all the same, so that a p is below .001
+        for seed in range(12):
+            metrics = {"val/acc1": 0.5 + place / 100 + seed / 10_000}
+            write_status(study / f"word={place}" / f"seed={seed}", Status("finished", metrics=metrics))
+    title, head, _, *rows = [line for line in markdown(collect(study)).splitlines() if line]
+    assert title.startswith("**a\\_b\\_c: val/acc1, mean ± std, ")
+    assert head.startswith("| ax\\|is\\_1% | val/acc1 (%) | 95 % interval |")
+    shown = [row.split(" | ")[0] for row in rows[:7]]
+    assert shown == [
+        "| none", r"| \<i>t\</i>", r"| \_\_init\_\_", r"| a\|b", r"| \*x\*", r"| \`c\`", r"| \\d"
+    ]  # fmt: skip
+    assert all(" | <0.001 | " in row and " ± " in row for row in rows[1:7])
 
 
 def test_latex(folder):
@@ -221,6 +247,14 @@ def test_watching_a_log_prints_a_line_for_each_change(tmp_path, capsys, monkeypa
     ]
     assert lines[4].startswith("pos: val/acc1")
     assert (study / "table.html").exists()
+
+
+def test_progress_shows_a_diverged_run_as_one(tmp_path):
+    study, (run, _) = waiting_study(tmp_path)
+    write_status(run, Status("finished", 3, 3, {"val/acc1": 0.1, "val/loss": math.inf}))
+    progress = view.Progress(view.runs_of(study, lambda choices: True), "val/acc1")
+    assert progress.line(next(iter(progress.statuses))) == "[1/2] word=0 seed=0  val/acc1 nan"
+    assert "nan" in str(next(iter(progress.lines().columns[1].cells)))
 
 
 def test_watching_in_a_terminal_draws_the_table_again(tmp_path, capsys, monkeypatch):

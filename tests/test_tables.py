@@ -94,6 +94,21 @@ def test_a_diverged_run_is_named_and_never_the_best(tmp_path):
     assert figure.draw(tmp_path, table) == [tmp_path / "figure.png"]
 
 
+def test_an_accuracy_beside_a_loss_that_diverged_does_not_count(tmp_path):
+    values = {"none": [(0.5, 1.0)] * 2, "a": [(0.1, math.nan), (0.6, 1.0)], "b": [(0.1, math.inf), (0.6, 1.0)]}
+    study = write_study(tmp_path, ["val/acc1", "val/loss"], values, seeds=[0, 1])
+    table = collect(study)
+    for head in ("val/acc1 (%)", "val/loss"):
+        assert texts(table, head)[1:] == ["diverged: seed 0"] * 2
+    assert texts(table, "Δ [95 % interval]") == ["baseline", "–", "–"]
+    assert (
+        next(csv.DictReader(as_csv(table).splitlines()[:1] + as_csv(table).splitlines()[2:]))["val/acc1 seed=0"] == ""
+    )
+    # The loss of one stage says nothing of another one.
+    write_status(study / "word=1" / "seed=0", Status("finished", metrics={"val/acc1": 0.4, "test/loss": math.nan}))
+    assert collect(study).rows[1].values["val/acc1"] == {0: 0.4, 1: 0.6}
+
+
 def test_equal_values_leave_no_nan(tmp_path):
     table = collect(write_study(tmp_path, values={"none": [0.5] * 3, "a": [0.75] * 3, "b": [0.5] * 3}))
     made = {column.head: column.texts for column in columns(table)}

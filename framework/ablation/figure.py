@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from framework.ablation.labels import Point, write_names
+from framework.ablation.state import counted
 from framework.ablation.stats import Sample, sample
 from framework.ablation.tables import Row, Table, short
 
@@ -237,9 +238,8 @@ def _read_curves(run: Path) -> Curves:
         with (run / "curves.csv").open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):
                 epoch = int(line.pop("epoch"))
-                for name, text in line.items():
-                    if text:
-                        found.setdefault(name, {})[epoch] = float(text)
+                for name, value in counted({name: float(text) for name, text in line.items() if text}).items():
+                    found.setdefault(name, {})[epoch] = value
     except FileNotFoundError:
         pass
     return found

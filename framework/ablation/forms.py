@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable
 from html import escape
 from importlib import import_module
@@ -17,14 +18,15 @@ from framework.ablation.tables import MEASURES, Table, columns
 
 def markdown(table: Table) -> str:
     made = columns(table)
-    lines = [[column.head for column in made], ["---:" if column.number else "---" for column in made]]
+    lines = [[_md(column.head) for column in made], ["---:" if column.number else "---" for column in made]]
     for place in range(len(table.rows)):
-        texts = [column.texts[place].replace("|", "\\|") for column in made]
+        texts = [_md(column.texts[place]) for column in made]
         lines.append(
             [f"**{text}**" if place in column.bold else text for column, text in zip(made, texts, strict=True)]
         )
-    parts = [f"**{table.title}**", "\n".join(f"| {' | '.join(line)} |" for line in lines), *table.notes]
-    parts.append("\n".join(f"- failed: {failure}" for failure in table.failures))
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    parts = [f"**{_md(table.title)}**", rows, *(_md(note) for note in table.notes)]
+    parts.append("\n".join(f"- failed: {_md(failure)}" for failure in table.failures))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -174,6 +176,10 @@ def write(study: Path, table: Table) -> list[Path]:
     for name, text in texts.items():
         write_text(study / name, text)
     return [*(study / name for name in texts), *figures]
+
+
+def _md(text: str) -> str:
+    return re.sub(r"[\\`*_|]|<(?=[a-z/!?])", r"\\\g<0>", text, flags=re.IGNORECASE)  # <0.001 is no tag
 
 
 def _tex(text: str) -> str:

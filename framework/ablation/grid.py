@@ -139,6 +139,11 @@ class Ablation:
         for axis, values in self.axes.items():
             if not values:
                 raise ConfigError(f"ablation.axes.{axis}: has no values; give them as none: {{…}}, learned: {{…}}")
+            for value, settings in values.items():
+                if "plugins" in settings:  # they are loaded once, before anything is looked up
+                    raise ConfigError(
+                        f"ablation.axes.{axis}.{value}: sets plugins, which all cells share; put it beside ablation"
+                    )
         for key, many in (("seeds", self.seeds), ("metric", self.metrics)):
             if not many:
                 raise ConfigError(f"ablation.{key}: is empty; give at least one")

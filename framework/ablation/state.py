@@ -6,6 +6,7 @@ Everything is written whole or not at all, so that a reader never sees a part, a
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -44,6 +45,11 @@ class Status:
     error: str = ""
 
     @property
+    def values(self) -> dict[str, float]:
+        """Its metrics as they count in a comparison."""
+        return counted(self.metrics)
+
+    @property
     def final(self) -> bool:
         """Whether nobody works on this run any more."""
         return self.state in ("finished", "interrupted", "failed", "stopped")
@@ -52,6 +58,19 @@ class Status:
     def over(self) -> bool:
         """Whether nobody will work on this run again."""
         return self.state in ("finished", "stopped")
+
+
+def counted(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics of one epoch, those of a stage whose loss (`val/loss` beside `val/acc1`) has diverged as nan.
+
+    A net of nan takes every image for class 0, and so has an accuracy all the same.
+    """
+
+    def diverged(name: str) -> bool:
+        stage, slash, _ = name.rpartition("/")
+        return bool(slash) and not math.isfinite(metrics.get(f"{stage}/loss", 0.0))
+
+    return {name: math.nan if diverged(name) else value for name, value in metrics.items()}
 
 
 def read_status(folder: Path) -> Status:

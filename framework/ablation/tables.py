@@ -101,7 +101,7 @@ class Row:
     """One cell of the study over its seeds; what is not there is nan.
 
     Args:
-        values: by metric and seed, of the runs that finished.
+        values: by metric and seed, of the runs that finished; nan where one has diverged.
         stopped: the epochs at which runs were stopped as hopeless, by seed.
     """
 
@@ -285,8 +285,8 @@ def collect(study: Path) -> Table:
             for name, value in status.measures.items():
                 measured.setdefault(name, []).append(value)
             for name in names:
-                if name in status.metrics:
-                    row.values[name][seed] = status.metrics[name]
+                if name in status.values:
+                    row.values[name][seed] = status.values[name]
                 else:
                     reason = f"finished without {name!r}; {suggest(name, status.metrics)}"
                     row.failures.append(Failure(seed, reason, folder / "log.txt"))

@@ -82,7 +82,7 @@ class Progress:
         done = sum(each.state in ("finished", "failed", "stopped") for each in self.statuses.values())
         number = f"[{done:{len(str(len(self.statuses)))}}/{len(self.statuses)}]"
         if status.state == "finished":
-            result = f"{self.metric} {status.metrics.get(self.metric, float('nan')):.4g}"
+            result = f"{self.metric} {status.values.get(self.metric, float('nan')):.4g}"
             if "seconds" in status.measures:
                 result += f"  {status.measures['seconds']:.0f} s"
             return f"{number} {name}  {result}"
@@ -100,7 +100,7 @@ class Progress:
             text: str = status.state
             if status.state == "running":
                 text = f"epoch {status.epoch}/{status.epochs}"
-            metric = status.metrics.get(self.metric)
+            metric = status.values.get(self.metric)
             if metric is not None and status.state in ("running", "finished"):
                 text += f"  {metric:.4g}"
             cells.setdefault(run.cell, {})[run.seed] = Text(text, style=STYLES[status.state])

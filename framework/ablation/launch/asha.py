@@ -22,8 +22,8 @@ class Asha:
     """Ray's scheduler, which is told the epochs of the runs and says which run is to be stopped.
 
     At epoch `grace` and at each `factor` times as many, a run is compared with those that were there before: it stops
-    if it is not among the best 1/`factor` of them. Runs of different lengths are not compared. A diverged one (nan) is
-    not stopped.
+    if it is not among the best 1/`factor` of them. Runs of different lengths are not compared. A diverged one (nan,
+    or of a loss that is) is not stopped.
 
     Args:
         metric: what is compared.
@@ -63,7 +63,7 @@ class Asha:
         if key not in self.seen:
             rule.on_trial_add(None, trial)
         self.seen[key] = status.epoch
-        result = {**status.metrics, "epoch": status.epoch}
+        result = {**status.values, "epoch": status.epoch}
         return bool(rule.on_trial_result(None, trial, result) == rule.STOP)
 
 
