@@ -55,6 +55,8 @@ class RunState(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds, self.curves = state_dict["seconds"], state_dict["curves"]
+        for row in self.curves[-1:]:
+            self.metrics = {name: value for name, value in row.items() if name != "epoch"}
 
     def _seconds(self) -> float:
         return self.seconds + time.monotonic() - self.since
@@ -65,7 +67,7 @@ class RunState(Callback):
             speed = {name: timer.rate for name, timer in self.timers.items() if timer.rate}
             measures = {**self.measures, **speed, "seconds": round(self._seconds(), 2), "peak_mib": peak_mib()}
             done = epochs if state == "finished" else trainer.current_epoch
-            # One that went on with nothing left to train, or that fails at once, keeps the metrics that it had.
+            # One that fails before it has read its checkpoint keeps the metrics that it had.
             metrics = self.metrics or read_status(self.folder).metrics
             write_status(self.folder, Status(state, done, epochs, metrics, measures, error))
 

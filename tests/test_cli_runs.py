@@ -69,6 +69,7 @@ def test_fit_goes_on_in_place(cli: Cli, trained: Trained, tmp_path: Path) -> Non
     shutil.copytree(trained.folder, folder)
     words = ["--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints/last.ckpt", "--runs", tmp_path]
     before = json.loads((folder / "status.json").read_text())["metrics"]
+    (folder / "status.json").write_text("")  # a disk that was full
     done = cli("fit", *words)
     assert "nothing left to train after 1 epochs" in done.out
     assert json.loads((folder / "status.json").read_text())["metrics"] == before
