@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from framework.ablation.state import Status, read_status, write_status, write_text
-from framework.checkpoints import KEY, Kept, link
+from framework.checkpoints import KEY, Kept, WholeFiles, link
 
 MINUTES_BETWEEN_CHECKPOINTS = 10
 PICTURES_A_SECOND = 5
@@ -217,7 +217,7 @@ class Checkpoints(Callback):
 
 
 class Last(ModelCheckpoint):
-    """The checkpoint behind every epoch: the best one's file, where that has just been written.
+    """The checkpoint behind every epoch: the best one's file, where that has just been written by `WholeFiles`.
 
     Args:
         best: what writes the best one, before this in the list of callbacks.
@@ -235,7 +235,9 @@ class Last(ModelCheckpoint):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         best = self.best
         just_now = best._last_global_step_saved == trainer.global_step and best._should_save_on_train_epoch_end(trainer)
-        if just_now and trainer.world_size == 1:
+        # Another one may write it later, or elsewhere.
+        written = type(trainer.strategy.checkpoint_io) is WholeFiles
+        if just_now and written and trainer.world_size == 1:
             with suppress(OSError):  # a file system without links
                 link(Path(best.best_model_path), Path(filepath))
                 self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath

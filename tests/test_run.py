@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 
 from framework import run as runs
 from framework.ablation.state import read_status, write_text
@@ -195,6 +196,21 @@ def test_the_best_is_also_the_last_as_long_as_nothing_comes_behind_it(tmp_path: 
         assert {name: each["epoch"] for name, each in found.items()} == {runs.LAST: epochs - 1, runs.BEST: best}
         assert found[runs.BEST]["callbacks"]["RunState"]["curves"] == curves[: best + 1]
         assert (path / runs.LAST).samefile(path / runs.BEST) == (best == epochs - 1)
+
+
+def test_the_last_is_no_best_one_that_is_still_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = TorchCheckpointIO.save_checkpoint
+
+    def slowly(self, checkpoint, path, storage_options=None) -> None:
+        if Path(path).exists():  # the next best one
+            time.sleep(1)
+        write(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", slowly)
+    io = "lightning.pytorch.plugins.io.AsyncCheckpointIO"
+    path = folder(tmp_path / "a", **{"trainer.max_epochs": 2, "trainer.plugins": [{"class_path": io}]})
+    runs.fit_folder(path)
+    assert {name: each["epoch"] for name, each in saved(path).items()} == {runs.LAST: 1, runs.BEST: 1}
 
 
 def test_a_link_takes_the_place_of_a_file_and_is_kept_when_the_other_is_replaced(tmp_path: Path) -> None:
