@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -162,6 +163,78 @@ def test_what_would_be_submitted_can_be_read_anywhere(tmp_path):
     ):
         assert line in text.splitlines()
     assert list(tmp_path.iterdir()) == []
+
+
+class Controller:
+    """A controller whose jobs do as `ends` says by folder; it does not answer `mute` questions."""
+
+    folder = "."
+
+    def __init__(self, ends: dict[Path, list[str]]) -> None:
+        self.ends, self.mute, self.cancelled = ends, 0, ()
+
+    def map_array(self, job, paths: list[Path], tasks) -> list[SimpleNamespace]:
+        for path in paths:
+            write_status(path, Status(self.ends[path].pop(0)))
+        return [SimpleNamespace(job_id=path.name) for path in paths]
+
+    def ask(self, *command: str) -> str:
+        if self.mute:
+            self.mute -= 1
+            raise ConfigError("launcher Slurm: squeue: Unable to contact slurm controller")
+        self.cancelled += command[1:] if command[0] == "scancel" else ()
+        there = [path.name for path in self.ends if read_status(path).state == "running" and not self.cancelled]
+        return " ".join(there) if command[0] == "squeue" else ""
+
+
+@pytest.fixture
+def controlled(tmp_path, monkeypatch):
+    folders = [(tmp_path / "cell" / name) for name in ("long", "short")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    controller = Controller({folders[0]: ["running"], folders[1]: ["failed", "finished"]})
+    monkeypatch.setattr(slurm, "_ask", controller.ask)
+    monkeypatch.setattr(slurm, "LOOK", 0.01)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(Slurm, "_executor", lambda self, folders: controller)
+    return controller, *folders
+
+
+def test_a_controller_that_is_silent_for_a_while_ends_no_study(controlled):
+    controller, long, short = controlled
+    silences: list[int] = []
+
+    def watch(left) -> None:
+        if read_status(short).state == "waiting" and not silences:
+            silences.append(3)  # as it is to be tried again
+            controller.mute = 3
+        if read_status(short).state == "finished":
+            write_status(long, Status("finished"))
+
+    Slurm(retries=1).run([long, short], steps, watch)
+    assert silences
+    assert controller.mute == 0
+    assert not any(controller.ends.values())
+    assert not controller.cancelled
+
+
+def test_a_study_is_stopped_beside_a_controller_that_is_silent_for_a_while(controlled, monkeypatch):
+    controller, long, short = controlled
+
+    def watch(left) -> None:
+        raise KeyboardInterrupt
+
+    def cancelled(*command: str) -> str:
+        said = controller.ask(*command)
+        controller.mute = 2 if command[0] == "scancel" else controller.mute
+        return said
+
+    monkeypatch.setattr(slurm, "_ask", cancelled)
+    with pytest.raises(KeyboardInterrupt):
+        Slurm(retries=0).run([long, short], steps, watch)
+    assert controller.cancelled == ("long",)
+    assert controller.mute == 0
+    assert read_status(long).state == "interrupted"
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch):

@@ -152,7 +152,13 @@ class Slurm(Launcher):
         return self.most
 
     def start(self, folders: list[Path]) -> None:
-        queued = set(_queued())
+        try:
+            queued = set(_queued())
+        except ConfigError:
+            if not self.jobs:
+                raise
+            self.refused = [(folder, None) for folder in folders]  # the jobs go on, and these come later
+            return
         new = []
         for folder in folders:
             # Of a launcher that was killed, or of another one.
@@ -225,7 +231,8 @@ class Slurm(Launcher):
         ended: Ended = []
         with suppress(KeyboardInterrupt):
             while self.jobs:
-                ended += self._gone()
+                with suppress(ConfigError):
+                    ended += self._gone()
                 time.sleep(0.5)
         return ended
 
