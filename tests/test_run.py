@@ -213,6 +213,18 @@ def test_the_last_is_no_best_one_that_is_still_being_written(tmp_path: Path, mon
     assert {name: each["epoch"] for name, each in saved(path).items()} == {runs.LAST: 1, runs.BEST: 1}
 
 
+def test_a_text_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, synced = tmp_path / "a", []
+
+    def fsync(number: int) -> None:
+        synced.append((path.exists(), os.fstat(number).st_size))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(path, "größe")
+    assert synced == [(False, 7)]
+    assert path.read_text(encoding="utf-8") == "größe"
+
+
 def test_a_link_takes_the_place_of_a_file_and_is_kept_when_the_other_is_replaced(tmp_path: Path) -> None:
     best, last = tmp_path / "best", tmp_path / "last"
     for text in ("one", "two"):

@@ -87,9 +87,12 @@ def write_status(folder: Path, status: Status) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new one, and never a part of it."""
+    """Writes a file so that a reader, and a power loss, finds the old text or the new one, and never a part of it."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)
 
 
