@@ -63,10 +63,10 @@ class RunState(Callback):
 
     def _write(self, trainer: Trainer, state: Any, error: str = "") -> None:
         if trainer.is_global_zero:
-            epochs = trainer.max_epochs or 0
+            epochs = max(trainer.max_epochs or 0, 0)
             speed = {name: timer.rate for name, timer in self.timers.items() if timer.rate}
             measures = {**self.measures, **speed, "seconds": round(self._seconds(), 2), "peak_mib": peak_mib()}
-            done = epochs if state == "finished" else trainer.current_epoch
+            done = epochs if epochs and state == "finished" else trainer.current_epoch
             # One that fails before it has read its checkpoint keeps the metrics that it had.
             metrics = self.metrics or read_status(self.folder).metrics
             write_status(self.folder, Status(state, done, epochs, metrics, measures, error))

@@ -1,4 +1,7 @@
-"""What Lightning does in every step that nobody asked for, and how a run goes without it. No number changes."""
+"""What Lightning does in every step that nobody asked for, and how a run goes without it. No number changes.
+
+And what it leaves out: a run that `max_steps` ends within an epoch is validated in the end.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,17 @@ class Unprofiled(PassThroughProfiler):
 
     def profile(self, action_name: str) -> Any:
         return NOTHING
+
+
+def validate_last(trainer: lightning.Trainer) -> None:
+    """Has a fit that `max_steps` ends validated behind its last step, wherever in an epoch that is."""
+    loop = trainer.fit_loop.epoch_loop
+    asked = loop._should_check_val_fx
+
+    def asked_or_over(fetcher: Any) -> bool:
+        return asked(fetcher) or (trainer.enable_validation and 0 < trainer.max_steps <= trainer.global_step)
+
+    loop._should_check_val_fx = asked_or_over  # type: ignore[method-assign, assignment]
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from framework.config import compose, dump, load_plugins
 from framework.construct import Workbench, complete
 from framework.data import splits
 from framework.errors import ConfigError, suggest
-from framework.loop import Unprofiled, passed_over
+from framework.loop import Unprofiled, passed_over, validate_last
 from framework.measure import Cost, cost, meta_model
 from framework.provenance import write_provenance
 from framework.tasks.base import Task
@@ -313,6 +313,7 @@ def train(
         arguments["logger"] = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
     trainer = bench.make_trainer(callbacks=callbacks, **arguments)
     check_watched(trainer, model)
+    validate_last(trainer)
     if rank() == 0:  # now that nothing is wrong with it
         if begins:
             write_text(folder / CONFIG, dump(document))

@@ -99,7 +99,7 @@ def test_a_plug_in_file_goes_with_the_run_folder(
     """Relative in the config, absolute in the saved one, which a fresh process runs from anywhere."""
     write("own/tessera_by_file.py", PLUGIN.format(name="ByFile"))
     write("base.yaml", dump(tiny()))
-    model = "{backbone: {blocks: {own: ByFile}, pattern: own}}"
+    model = "{backbone: {blocks: {own: ByFile}, pattern: own tnt}}"
     text = f"{{extends: ../base.yaml, plugins: [tessera_by_file.py], model: {model}}}"
     document = compose([write("own/net.yaml", text)])
     assert document["plugins"] == [str(tmp_path / "own/tessera_by_file.py")]

@@ -90,6 +90,17 @@ def test_an_epoch_without_validation_has_none_of_its_numbers(tmp_path: Path) -> 
     assert not [name for name in read_status(path).metrics if name.startswith("val/")]
 
 
+def test_a_run_that_ends_within_an_epoch_is_validated_there(tmp_path: Path) -> None:
+    settings = {"trainer.max_epochs": -1, "trainer.max_steps": 3, "trainer.limit_train_batches": 2}
+    path = folder(tmp_path / "a", **settings)
+    runs.fit_folder(path)
+    with (path / "curves.csv").open(newline="") as file:
+        _, last = csv.DictReader(file)
+    status = read_status(path)
+    assert (status.state, status.epoch, status.metrics["val/loss"]) == ("finished", 2, float(last["val/loss"]))
+    assert torch.load(path / runs.LAST, weights_only=True)["global_step"] == 3
+
+
 def test_curves_have_the_learning_rate_of_each_epoch(whole: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
