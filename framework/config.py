@@ -91,8 +91,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {what}" + (f" (did you mean {path.parent / near}?)" if near else ""))
     try:
         text = path.read_text(encoding="utf-8")
-        tree = yaml.compose(text, yaml.SafeLoader)
-        _refuse_twice(tree, path)
+        _check_nodes(yaml.compose(text, yaml.SafeLoader), str(path))
         loaded = get_loader("yaml")(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -110,19 +109,24 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _refuse_twice(node: yaml.Node | None, path: Path) -> None:
-    """YAML itself lets the second of two equal keys win, silently."""
+def _check_nodes(node: yaml.Node | None, where: str, above: tuple[yaml.Node, ...] = ()) -> None:
+    """Raises ConfigError for what YAML takes: of two equal keys the second, silently, and what contains itself."""
+    if node is None:
+        return
+    if node in above:
+        raise ConfigError(f"{where}, line {node.start_mark.line + 1}: an anchor stands for what contains its own alias")
+    above = (*above, node)
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen and key.value != "<<":
-                    raise ConfigError(f"{path}, line {key.start_mark.line + 1}: {key.value!r} stands here twice")
+                    raise ConfigError(f"{where}, line {key.start_mark.line + 1}: {key.value!r} stands here twice")
                 seen.add(key.value)
-            _refuse_twice(value, path)
+            _check_nodes(value, where, above)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _refuse_twice(value, path)
+            _check_nodes(value, where, above)
 
 
 def layers(path: Path, seen: set[Path], above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
@@ -172,6 +176,7 @@ def nested(path: str, value: Any) -> dict[str, Any]:
 def parse_value(text: str, where: str) -> Any:
     """A value of the command line, as YAML reads it."""
     try:
+        _check_nodes(yaml.compose(text, yaml.SafeLoader), where)
         return get_loader("yaml")(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not readable as YAML: {text!r}: {getattr(error, 'problem', error)}") from None

@@ -90,6 +90,8 @@ def test_a_circle_is_found(write: Write) -> None:
         ("model:\n\tdim: 3", "x.yaml, line 2, column 1: not readable as YAML: "),
         ("seed: 1\nname: a\nseed: 2", "x.yaml, line 3: 'seed' stands here twice"),
         ("trainer:\n  max_epochs: 1\n  max_epochs: 2", "x.yaml, line 3: 'max_epochs' stands here twice"),
+        ("seed: 1\nmodel: &a {backbone: *a}", "x.yaml, line 2: an anchor stands for what contains its own alias"),
+        ("trainer: {callbacks: &a [*a]}", "x.yaml, line 1: an anchor stands for what contains its own alias"),
         ("trainer: {callbacks: [{a: 1, a: 2}]}", "x.yaml, line 1: 'a' stands here twice"),
         ("model: !!python/object:os.system {}", "x.yaml, line 1, column 8: not readable as YAML: "),
         ("trainer: {on: 1}", "x.yaml: trainer: the key True is no name (YAML reads on, off"),
@@ -108,6 +110,12 @@ def test_a_circle_is_found(write: Write) -> None:
 def test_a_mistake_in_a_file_names_file_and_place(write: Write, text: str, says: str) -> None:
     path = write("x.yaml", text)
     assert says in refusal(lambda: compose([path]))
+
+
+@pytest.mark.parametrize("text", ["&a {backbone: *a}", "&a [*a]"])
+def test_a_setting_that_contains_itself_is_refused(text: str) -> None:
+    says = "--model, line 1: an anchor stands for what contains its own alias"
+    assert refusal(lambda: parse_value(text, "--model")) == says
 
 
 def test_a_missing_file_is_suggested(write: Write) -> None:
