@@ -55,6 +55,8 @@ def test_names_that_are_no_file_names_are_made_so():
     [
         ({"axes": {}}, "ablation.axes: nothing varies"),
         ({"axes": {"word": {}}}, "ablation.axes.word: has no values"),
+        ({"published": {"rows": {"none/none": 80.0}}}, "ablation.published.source: is missing; give the paper"),
+        ({"published": {"source": "x"}}, "ablation.published.rows: is missing; give the paper's number"),
         ({"axes": {"word": {True: {}}}}, "ablation.axes.word: YAML reads a name here as True; put it in quotes"),
         ({"seeds": []}, "ablation.seeds: is empty"),
         ({"seeds": [3, 4, 3]}, "ablation.seeds: 3 is there twice"),
@@ -88,6 +90,14 @@ def test_mistakes_are_one_line(changes, message):
         cells(document(**changes), override)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["name", "axes"])
+def test_what_a_study_needs_is_named(key):
+    made = document()
+    del made["ablation"][key]
+    with pytest.raises(ConfigError, match=rf"^ablation\.{key}: is missing; give "):
+        cells(made, override)
 
 
 # The folder

@@ -68,6 +68,9 @@ class Ablation:
             ConfigError: nothing to vary, or something is named that is not there.
         """
         section = dict(document["ablation"])
+        for key, right in (("name", "the study's folder"), ("axes", "what varies, as word: {none: {…}, learned: {…}}")):
+            if key not in section:
+                raise ConfigError(f"ablation.{key}: is missing; give {right}")
         section["axes"] = {
             _name(axis, "axes"): {_name(value, f"axes.{axis}"): settings for value, settings in values.items()}
             for axis, values in section["axes"].items()
@@ -81,6 +84,9 @@ class Ablation:
             for axis, beside in section.get("when", {}).items()
         }
         if published := section.get("published"):
+            for key, right in (("source", "the paper and its table"), ("rows", "the paper's number for each cell")):
+                if key not in published:
+                    raise ConfigError(f"ablation.published.{key}: is missing; give {right}")
             rows = {_name(row, "published.rows"): value for row, value in published["rows"].items()}
             section["published"] = Published(**{**published, "rows": rows})
         section["zip"] = section.pop("with", [])
