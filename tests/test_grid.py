@@ -55,6 +55,19 @@ def test_names_that_are_no_file_names_are_made_so():
     [
         ({"axes": {}}, "ablation.axes: nothing varies"),
         ({"axes": {"word": {}}}, "ablation.axes.word: has no values"),
+        (
+            {"axes": {"word": {"x": {"seed": 3}}}},
+            "ablation.axes.word.x: seed would vary nothing; list seeds under ablation.seeds",
+        ),
+        (
+            {"axes": {"word": {"x": {"ablation.name": "y"}}}},
+            "ablation.axes.word.x: ablation.name would vary nothing; set it under ablation itself",
+        ),
+        (
+            {"axes": {"word": {"x": {"launcher.jobs": 2}}}},
+            "ablation.axes.word.x: launcher.jobs would vary nothing; all",
+        ),
+        ({"axes": {"word": {"x": {"name": "y"}}}}, "ablation.axes.word.x: name would vary nothing; each run is named"),
         ({"published": {"rows": {"none/none": 80.0}}}, "ablation.published.source: is missing; give the paper"),
         ({"published": {"source": "x"}}, "ablation.published.rows: is missing; give the paper's number"),
         ({"axes": {"word": {True: {}}}}, "ablation.axes.word: YAML reads a name here as True; put it in quotes"),

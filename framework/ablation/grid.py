@@ -16,6 +16,14 @@ Override = Callable[[Document, dict[str, Any], str], Document]
 Choices = dict[str, str]
 When = Mapping[str, Mapping[str, Collection[str]]]
 
+# Sections that no value of an axis can set, as every cell has its own or all have one, and what is right.
+FIXED = {
+    "seed": "list seeds under ablation.seeds",
+    "name": "each run is named by its axes and its seed",
+    "ablation": "set it under ablation itself",
+    "launcher": "all cells of a study have one",
+}
+
 
 @dataclass
 class Published:
@@ -154,6 +162,9 @@ class Ablation:
         owner: dict[str, str] = {}
         for axis, values in self.axes.items():
             for key in {key for settings in values.values() for key in settings}:
+                if hint := FIXED.get(key.split(".")[0]):
+                    value = next(value for value, settings in values.items() if key in settings)
+                    raise ConfigError(f"ablation.axes.{axis}.{value}: {key} would vary nothing; {hint}")
                 if key in owner:
                     raise ConfigError(f"ablation.axes: {owner[key]} and {axis} both set {key}; one of them must not")
                 owner[key] = axis
