@@ -180,6 +180,18 @@ def test_other_configs_in_the_folder_are_refused(tmp_path):
     )
 
 
+@pytest.mark.parametrize("damaged", [b"a: {b\nc: [" * 20, b"a: \xff", b"a: 2026-99-99"])
+def test_a_damaged_config_in_the_folder_is_named(tmp_path, damaged):
+    folders = prepared(tmp_path)
+    (folders[1] / "config.yaml").write_bytes(damaged)
+    with pytest.raises(ConfigError) as caught:
+        prepared(tmp_path)
+    assert str(caught.value).startswith(f"{folders[1]}/config.yaml: is damaged (")
+    assert str(caught.value).endswith("; delete it, or move the folder away")
+    (folders[1] / "config.yaml").unlink()
+    prepared(tmp_path)
+
+
 def test_a_study_may_grow_but_not_change_its_axes(tmp_path):
     assert len(prepared(tmp_path)) == 8
     assert len(prepared(tmp_path, seeds=[0, 1, 2])) == 12

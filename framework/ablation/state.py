@@ -88,10 +88,18 @@ def check(study: Path, ablation: Ablation, cells: list[Cell], dump: Dump) -> lis
     texts = [dump(cell.document) for cell in cells]
     for cell, text in zip(cells, texts, strict=True):
         path = study / cell.folder / "config.yaml"
-        if not path.exists() or (old := path.read_text(encoding="utf-8")) == text:
+        if not path.exists():
             continue
-        # Both through the same loader: what it makes of a value does not matter, only whether it is the same.
-        if found := list(_differences(yaml.safe_load(old), yaml.safe_load(text))):
+        try:
+            if (old := path.read_text(encoding="utf-8")) == text:
+                continue
+            # Both through the same loader: what it makes of a value does not matter, only whether it is the same.
+            found = list(_differences(yaml.safe_load(old), yaml.safe_load(text)))
+        except (ValueError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"{path}: is damaged ({type(error).__name__}); delete it, or move the folder away"
+            ) from None
+        if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise ConfigError(f"{path.parent}: was made with another config: {', '.join(found[:3])}{more}; {mend}")
     return texts
