@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from framework.ablation.grid import Ablation, cells
 from framework.ablation.state import Status, read_status, read_study, write_status, write_text
+from framework.ablation.tables import collect
 from framework.errors import ConfigError
 from tests.studies import document, dump, override, prepared
 
@@ -160,6 +162,29 @@ def test_a_prepared_folder_holds_the_whole_study(tmp_path):
     }
     with pytest.raises(ConfigError, match="is not the folder of a study"):
         read_study(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("damage", "where"),
+    [
+        (lambda about: about.clear(), ": is damaged at 'name'; delete it"),
+        (lambda about: about.pop("axes"), ": is damaged at 'axes'; delete it"),
+        (lambda about: about.update(seeds=None), ": is damaged at 'seeds'; delete it"),
+        (lambda about: about["cells"][1].pop("macs"), ": cells[1]: is damaged at 'macs'; delete it"),
+        (lambda about: about["cells"].append(3), ": cells[4]: is damaged at 'folder'; delete it"),
+    ],
+)
+def test_a_damaged_study_is_named(tmp_path, damage, where):
+    prepared(tmp_path)
+    about = read_study(tmp_path)
+    damage(about)
+    (tmp_path / "study.json").write_text(json.dumps(about))
+    for read in (read_study, collect, prepared):
+        with pytest.raises(ConfigError) as caught:
+            read(tmp_path)
+        assert str(caught.value).startswith(f"{tmp_path}/study.json{where}")
+    (tmp_path / "study.json").unlink()
+    prepared(tmp_path)
 
 
 def test_other_configs_in_the_folder_are_refused(tmp_path):

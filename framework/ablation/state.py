@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import yaml
@@ -18,6 +19,18 @@ from framework.ablation.grid import Ablation, Cell, Document
 from framework.errors import ConfigError
 
 State = Literal["waiting", "running", "finished", "interrupted", "failed", "stopped"]
+
+# What study.json must hold, of the study and of each cell.
+ABOUT: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "metric": (str, list),
+    "axes": dict,
+    "seeds": list,
+    "baseline": dict,
+    "published": (dict, NoneType),
+    "cells": list,
+}
+CELL: dict[str, type | tuple[type, ...]] = {"folder": str, "choices": dict, "params": int, "macs": int}
 Dump = Callable[[Document], str]
 Measures = dict[str, dict[str, int]]
 
@@ -141,12 +154,24 @@ def read_study(study: Path) -> dict[str, Any]:
     """What `prepare` wrote about the study as a whole: all that a table needs beside the runs' statuses.
 
     Raises:
-        ConfigError: there is no study in this folder.
+        ConfigError: there is no study in this folder, or its study.json is damaged.
     """
+    path = study / "study.json"
     try:
-        return json.loads((study / "study.json").read_text(encoding="utf-8"))
+        about = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{study}: is not the folder of a study: {error}") from error
+    _need(about, ABOUT, f"{path}")
+    for place, cell in enumerate(about["cells"]):
+        _need(cell, CELL, f"{path}: cells[{place}]")
+    return about
+
+
+def _need(found: object, keys: Mapping[str, type | tuple[type, ...]], where: str) -> None:
+    """Raises ConfigError where a mapping has not each of `keys` with a value of its type."""
+    for key, kind in keys.items():
+        if not isinstance(found, dict) or not isinstance(found.get(key, ...), kind):
+            raise ConfigError(f"{where}: is damaged at {key!r}; delete it, and the next fit writes it anew")
 
 
 def _differences(old: object, new: object, path: str = "") -> Iterator[str]:
