@@ -125,7 +125,23 @@ def test_a_status_is_read_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
-@pytest.mark.parametrize("text", ["", '{"state": "fin', "[]", "3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"state": "fin',
+        "[]",
+        "3",
+        '{"state": "done"}',
+        '{"state": ["finished"]}',
+        '{"state": "finished", "epoch": "3"}',
+        '{"state": "finished", "metrics": {"val/acc1": null}}',
+        '{"state": "finished", "metrics": {"val/acc1": "0.9"}}',
+        '{"state": "finished", "metrics": [0.9]}',
+        '{"state": "finished", "measures": {"seconds": null}}',
+        '{"state": "failed", "error": null}',
+    ],
+)
 def test_what_cannot_be_read_waits(tmp_path, text):
     assert read_status(tmp_path) == Status("waiting")
     (tmp_path / "status.json").write_text(text)

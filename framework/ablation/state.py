@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -68,12 +68,15 @@ class Status:
 
 
 def read_status(folder: Path) -> Status:
-    """The status of a run; one that cannot be read, or is not there, is waiting."""
+    """The status of a run; one that cannot be read, has a value of another type, or is not there, is waiting."""
     try:
         data = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        return Status(**{each.name: data[each.name] for each in fields(Status) if each.name in data})
-    except (OSError, ValueError, TypeError):
+        status = Status(**{each.name: data[each.name] for each in fields(Status) if each.name in data})
+        numbers = [status.epoch, status.epochs, *status.metrics.values(), *status.measures.values()]
+    except (OSError, ValueError, TypeError, AttributeError):
         return Status()
+    sound = status.state in get_args(State) and all(isinstance(number, int | float) for number in numbers)
+    return status if sound and isinstance(status.error, str) else Status()
 
 
 def write_status(folder: Path, status: Status) -> None:
