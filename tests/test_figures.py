@@ -11,6 +11,7 @@ from framework.ablation import figure
 from framework.ablation.forms import write
 from framework.ablation.state import Status, write_status
 from framework.ablation.tables import Metric, Row, Table, collect, short
+from framework.errors import ConfigError
 from tests.measured import study_with_a_failure, write_study
 
 
@@ -83,6 +84,25 @@ def test_of_many_points_only_the_best_for_their_cost_are_named():
     points = [(f"net {i}", 1000 * (1 + i % 10), 0.5 + 0.01 * (i % 10) - 0.001 * (i // 10)) for i in range(60)]
     named = {text.get_text() for text in scatter(points).axes[0].texts}
     assert named == {f"net {i}" for i in range(10)}
+
+
+@pytest.mark.parametrize(
+    ("damaged", "where"),
+    [
+        (b"epoch,val/acc1\n0,0.5\n1,half\n", ", line 3: is damaged: must hold an epoch and numbers; delete it"),
+        (b"epoch,val/acc1\nx,0.5\n", ", line 2: is damaged: must hold"),
+        (b"val/acc1\n0.5\n", ", line 2: is damaged: must hold"),
+        (b"epoch,val/acc1\n0,0.5,0.6\n", ", line 2: is damaged: must hold"),
+        (b"epoch,val/acc1\n0,\xff\n", ": is damaged: no text in UTF-8; delete it"),
+    ],
+)
+def test_damaged_curves_are_named(tmp_path, damaged, where):
+    study = write_study(tmp_path)
+    path = study / "word=0" / "seed=0" / "curves.csv"
+    path.write_bytes(damaged)
+    with pytest.raises(ConfigError) as caught:
+        figure.curves(study, collect(study))
+    assert str(caught.value).startswith(f"{path}{where}")
 
 
 def test_curves_are_means_over_seeds_and_the_best_cells(tmp_path):
