@@ -57,6 +57,8 @@ def find(base: type, name: str) -> type:
     """
     if "." in name:
         module_name, _, attribute = name.rpartition(".")
+        if not all(name.split(".")):
+            raise LookupError(f"{name!r} is no import path; write package.module.Class")
         try:
             cls = getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError) as error:
