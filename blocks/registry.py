@@ -8,7 +8,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
+import re
 import sys
+import sysconfig
+import traceback
 from abc import ABC
 from collections.abc import Iterator
 from functools import cache
@@ -85,10 +89,8 @@ def load_plugin(spec: str) -> ModuleType:
     Raises:
         LookupError: there is no such file or module, or it fails while it is imported.
     """
-    try:
-        if not spec.endswith(".py"):
-            return importlib.import_module(spec)
-        path = Path(spec).resolve()
+    path = Path(spec).resolve()
+    if spec.endswith(".py"):
         if not path.is_file():
             raise LookupError(f"no such file: {spec}")
         present = sys.modules.get(path.stem)
@@ -96,23 +98,27 @@ def load_plugin(spec: str) -> ModuleType:
             if getattr(present, "__file__", None) and Path(str(present.__file__)).resolve() == path:
                 return present
             raise LookupError(f"{spec}: a module called {path.stem!r} is loaded already; rename the file")
-        if str(path.parent) not in sys.path:
-            sys.path.append(str(path.parent))
-        module_spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert module_spec is not None
-        assert module_spec.loader is not None
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[path.stem] = module
-        try:
-            module_spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[path.stem]
-            raise
-        return module
-    except LookupError:
-        raise
+    try:
+        return _execute(path) if spec.endswith(".py") else importlib.import_module(spec)
     except (Exception, SystemExit) as error:  # a plug-in may fail in any way
         raise LookupError(f"plug-in {spec} fails: {_one_line(error)}") from error
+
+
+def _execute(path: Path) -> ModuleType:
+    """A Python file as the module of its name."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[path.stem] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    return module
 
 
 def load_entry_points() -> None:
@@ -135,4 +141,15 @@ def _load_entry_points(path: tuple[str, ...]) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    """`KeyError: 'x' (my_block.py, line 12)`: the place is the last one outside libraries, where there is one."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, SyntaxError):
+        return text  # says it itself
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__ and not re.search(r"^<frozen |[/\\]importlib[/\\]", frame.filename)
+    ]
+    libraries = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
+    frames = [frame for frame in frames if not frame.filename.startswith(libraries)] or frames
+    return f"{text} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else text

@@ -69,16 +69,24 @@ def test_an_entry_point_that_fails_is_one_line(write: Write, monkeypatch: pytest
     write("tessera_broken-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tessera_broken\nVersion: 1.0\n")
     write("tessera_broken-1.0.dist-info/entry_points.txt", "[tessera.plugins]\nmine = tessera_broken_entry\n")
     monkeypatch.syspath_prepend(folder)
-    assert refusal(lambda: compose([TNT])) == "plugins: plug-in tessera_broken_entry fails: ValueError: a b"
+    assert refusal(lambda: compose([TNT])) == (
+        "plugins: plug-in tessera_broken_entry fails: ValueError: a b (tessera_broken_entry.py, line 1)"
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("def f(:", "SyntaxError: invalid syntax (tessera_broken_0.py, line 1)"),
-        ("import nopackage", "ModuleNotFoundError: No module named 'nopackage'"),
-        ("raise ValueError('a\\nb')", "ValueError: a b"),
-        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("import nopackage", "ModuleNotFoundError: No module named 'nopackage' (tessera_broken_0.py, line 1)"),
+        ("raise ValueError('a\\nb')", "ValueError: a b (tessera_broken_0.py, line 1)"),
+        ("raise SystemExit(3)", "SystemExit: 3 (tessera_broken_0.py, line 1)"),
+        ("a = {}\na['foo']", "KeyError: 'foo' (tessera_broken_0.py, line 2)"),
+        ("\n[][3]", "IndexError: list index out of range (tessera_broken_0.py, line 2)"),
+        (
+            "import json\njson.loads('')",
+            "JSONDecodeError: Expecting value: line 1 column 1 (char 0) (tessera_broken_0.py, line 2)",
+        ),
     ],
 )
 def test_a_plug_in_that_fails_is_one_line(write: Write, text: str, says: str) -> None:
