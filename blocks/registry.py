@@ -23,6 +23,10 @@ from types import ModuleType
 ENTRY_POINTS = "tessera.plugins"
 
 
+class Unknown(LookupError):
+    """No class has this name: another one may have been meant."""
+
+
 def subclasses(base: type) -> Iterator[type]:
     """Every imported class below `base`, each once, in the order of definition."""
     seen: dict[type, None] = {}
@@ -52,6 +56,13 @@ def usable(base: type) -> dict[str, list[type]]:
     return found
 
 
+def _lacks(cls: type) -> str:
+    """What a class that should be usable has not; empty where it is meant as a base, or lacks nothing."""
+    if ABC in cls.__bases__ or not inspect.isabstract(cls) or cls.__subclasses__():
+        return ""
+    return f"lacks {', '.join(sorted(cls.__abstractmethods__))}"  # type: ignore[attr-defined]
+
+
 def find(base: type, name: str) -> type:
     """The class that `name`, short or a full import path, means where a `base` is asked for.
 
@@ -70,14 +81,17 @@ def find(base: type, name: str) -> type:
         if not isinstance(cls, type) or not issubclass(cls, base):
             raise LookupError(f"{name!r} is no {base.__name__}")
         if _abstract(cls):
-            raise LookupError(f"{name!r} is abstract; name a class below it")
+            raise LookupError(f"{name!r} {_lacks(cls) or 'is abstract; name a class below it'}")
         return cls
     found = usable(base).get(name, [])
     if len(found) > 1:
         paths = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in found[:4]) + ", …" * (len(found) > 4)
         raise LookupError(f"{name!r} means several classes; give the full path of one: {paths}")
     if not found:
-        raise LookupError(f"unknown {base.__name__} {name!r}")
+        for cls in subclasses(base):
+            if cls.__name__ == name and (lacks := _lacks(cls)):
+                raise LookupError(f"{cls.__module__}.{cls.__qualname__} {lacks}, which a {base.__name__} must have")
+        raise Unknown(f"unknown {base.__name__} {name!r}")
     return found[0]
 
 

@@ -94,6 +94,16 @@ def test_a_plug_in_that_fails_is_one_line(write: Write, text: str, says: str) ->
     assert refusal(lambda: compose([TNT], plugins=[str(path)])) == f"plugins: plug-in {path} fails: {says}"
 
 
+def test_a_block_without_forward_is_told_so(write: Write) -> None:
+    path = write("tessera_foward.py", PLUGIN.format(name="NoForward").replace("def forward", "def foward"))
+    for name in ("NoForward", "tessera_foward.NoForward"):
+        message = refusal(lambda name=name: compose([TNT], uses(name), [str(path)]))  # type: ignore[misc]
+        assert message.startswith("model.backbone.blocks.own: ")
+        assert "tessera_foward.NoForward" in message
+        assert " lacks forward" in message
+        assert "did you mean" not in message
+
+
 def test_a_plug_in_that_is_not_there_is_named(write: Write) -> None:
     assert refusal(lambda: compose([TNT], plugins=["nope.py"])) == "plugins: no such file: nope.py"
     assert "No module named 'nope'" in refusal(lambda: compose([TNT], plugins=["nope"]))
