@@ -86,7 +86,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         ConfigError: there is no such file, it is no YAML, it holds no mapping, or it names a key twice.
     """
     if not path.is_file():
-        near = nearest(path.name, (p.name for p in path.parent.glob("*.y*ml")))
+        near = nearest(path.name, (p.name for p in path.parent.glob("*.y*ml") if p.is_file()))
         what = "is a folder, not a file" if path.is_dir() else "no such file"
         raise ConfigError(f"{path}: {what}" + (f" (did you mean {path.parent / near}?)" if near else ""))
     try:

@@ -124,6 +124,8 @@ def test_a_missing_file_is_suggested(write: Write) -> None:
         f"{folder}/albation.yaml: no such file (did you mean {folder}/ablation.yaml?)"
     )
     assert refusal(lambda: compose([folder])) == f"{folder}: is a folder, not a file"
+    (folder / "dir.yaml").mkdir()
+    assert refusal(lambda: compose([folder / "dir.yaml"])) == f"{folder}/dir.yaml: is a folder, not a file"
     (folder / "bytes.yaml").write_bytes(b"\xb5\xff")
     assert refusal(lambda: compose([folder / "bytes.yaml"])) == f"{folder}/bytes.yaml: is no text in UTF-8"
 

@@ -132,6 +132,8 @@ def test_npz_file_errors(save: Any, tmp_path: Path) -> None:
     save(**arrays())
     near = error_of(Npz, str(tmp_path / "sett.npz"))
     assert near == f"data.path: no file sett.npz in {tmp_path}; did you mean 'set.npz'?; allowed: set.npz"
+    (tmp_path / "dir.npz").mkdir()
+    assert error_of(Npz, str(tmp_path / "dir.npz")) == f"data.path: {tmp_path}/dir.npz is a folder, not a .npz file"
     assert error_of(Npz, "/usr/set.npz") == "data.path: no file set.npz in /usr; there is no .npz file"
     assert "there is no folder" in error_of(Npz, str(tmp_path / "no" / "set.npz"))
     broken = tmp_path / "broken.npz"
