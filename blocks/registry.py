@@ -104,6 +104,11 @@ def load_plugin(spec: str) -> ModuleType:
         LookupError: there is no such file or module, or it fails while it is imported.
     """
     path = Path(spec).resolve()
+    if not spec.strip():
+        raise LookupError(f"got {spec!r}, must be a Python file (.py) or an import path")
+    folder = f"{spec}: is a folder, not a file; name a Python file in it, or an import path" if path.is_dir() else ""
+    if folder and (spec.endswith(".py") or not all(part.isidentifier() for part in spec.split("."))):
+        raise LookupError(folder)
     if spec.endswith(".py"):
         if not path.is_file():
             raise LookupError(f"no such file: {spec}")
@@ -113,9 +118,14 @@ def load_plugin(spec: str) -> ModuleType:
                 return present
             raise LookupError(f"{spec}: a module called {path.stem!r} is loaded already; rename the file")
     try:
-        return _execute(path) if spec.endswith(".py") else importlib.import_module(spec)
+        module = _execute(path) if spec.endswith(".py") else importlib.import_module(spec)
     except (Exception, SystemExit) as error:  # a plug-in may fail in any way
+        if folder and isinstance(error, ModuleNotFoundError) and error.name == spec:
+            raise LookupError(folder) from error
         raise LookupError(f"plug-in {spec} fails: {_one_line(error)}") from error
+    if getattr(module, "__file__", None) is None and hasattr(module, "__path__"):
+        raise LookupError(folder or f"{spec}: is a folder without __init__.py; name a module in it")
+    return module
 
 
 def _execute(path: Path) -> ModuleType:

@@ -158,8 +158,11 @@ def layers(path: Path, seen: set[Path], above: tuple[Path, ...] = ()) -> list[tu
     found: list[tuple[str, dict[str, Any]]] = []
     for base in bases:
         target = path.parent / base
+        if not base.strip():
+            raise ConfigError(f"{path}: extends: got {base!r}, must be a config file, or left out")
         if not target.is_file():
-            raise ConfigError(f"{path}: extends: no such file: {target}")
+            what = "is a folder, not a file" if target.is_dir() else "no such file"
+            raise ConfigError(f"{path}: extends: {what}: {target}")
         if target.resolve() not in seen:
             found += layers(target, seen, (*above, path.resolve()))
     seen.add(path.resolve())
@@ -222,7 +225,11 @@ def compose(
         ConfigError: the first mistake, with its file and path.
     """
     found: list[tuple[str, dict[str, Any]]] = [kept] if kept else []
-    names = [Path(file) for file in files]
+    names = []
+    for file in files:
+        if not str(file).strip():
+            raise ConfigError(f"--config: got {str(file)!r}, must be a config file")
+        names.append(Path(file))
     seen: set[Path] = set()
     for path in names:
         found += layers(path, seen)

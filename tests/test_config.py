@@ -83,6 +83,9 @@ def test_a_circle_is_found(write: Write) -> None:
     ("text", "says"),
     [
         ("extends: nope.yaml", "x.yaml: extends: no such file: "),
+        ("extends: ''", "x.yaml: extends: got '', must be a config file, or left out"),
+        ("extends: [' ']", "x.yaml: extends: got ' ', must be a config file, or left out"),
+        ("extends: ..", "x.yaml: extends: is a folder, not a file: "),
         ("extends: 3", "x.yaml: extends: expected a file or a list of files, got 3"),
         ("extends: {a: b}", "x.yaml: extends: expected a file or a list of files"),
         ("[1, 2]", "x.yaml: must hold a mapping with keys such as model and data, got list"),
@@ -124,6 +127,7 @@ def test_a_missing_file_is_suggested(write: Write) -> None:
         f"{folder}/albation.yaml: no such file (did you mean {folder}/ablation.yaml?)"
     )
     assert refusal(lambda: compose([folder])) == f"{folder}: is a folder, not a file"
+    assert refusal(lambda: compose([""])) == "--config: got '', must be a config file"
     (folder / "dir.yaml").mkdir()
     assert refusal(lambda: compose([folder / "dir.yaml"])) == f"{folder}/dir.yaml: is a folder, not a file"
     (folder / "bytes.yaml").write_bytes(b"\xb5\xff")

@@ -107,8 +107,24 @@ def test_a_block_without_forward_is_told_so(write: Write) -> None:
 def test_a_plug_in_that_is_not_there_is_named(write: Write) -> None:
     assert refusal(lambda: compose([TNT], plugins=["nope.py"])) == "plugins: no such file: nope.py"
     assert "No module named 'nope'" in refusal(lambda: compose([TNT], plugins=["nope"]))
+    assert refusal(lambda: compose([TNT], plugins=[""])) == (
+        "plugins: got '', must be a Python file (.py) or an import path"
+    )
     path = write("torch.py", "")
     assert refusal(lambda: compose([TNT], plugins=[str(path)])).endswith("is loaded already; rename the file")
+
+
+@pytest.mark.parametrize("spec", ["tessera_folder", "./tessera_folder", "tessera_folder/", "tessera_folder.py", ".."])
+@pytest.mark.parametrize("importable", [False, True])
+def test_a_folder_is_no_plug_in(spec: str, importable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tessera_folder", "tessera_folder.py"):
+        (tmp_path / "here" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delitem(sys.modules, "tessera_folder", raising=False)
+    if importable:
+        monkeypatch.syspath_prepend(tmp_path / "here")
+    says = f"plugins: {spec}: is a folder, not a file; name a Python file in it, or an import path"
+    assert refusal(lambda: compose([TNT], plugins=[spec])) == says
 
 
 def test_a_plug_in_file_goes_with_the_run_folder(
