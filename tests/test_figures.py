@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+from matplotlib.text import Text
 
 from framework.ablation import figure
 from framework.ablation.forms import write
@@ -75,9 +76,34 @@ def scatter(points):
 def test_names_in_a_scatter_do_not_overlap():
     drawn = scatter([(f"a long name {i}", 1_000_000 + 40_000 * (i % 4), 0.9 + 0.002 * (i // 4)) for i in range(12)])
     drawn.canvas.draw()
-    boxes = [text.get_window_extent() for text in drawn.axes[0].texts]
+    boxes = [Text.get_window_extent(text) for text in drawn.axes[0].texts]  # without the lines to their points
     assert len(boxes) == 12
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [("none", 1_000_000, 0.9), ("rope", 1_002_000, 0.9001)],
+        [("none", 1_000_000, 0.9), ("rope", 1_000_000, 0.9001), ("far", 1_200_000, 0.95)],
+        [(f"a long name {i}", 1_000_000 + 40_000 * (i % 4), 0.9 + 0.002 * (i // 4)) for i in range(12)],
+    ],
+)
+def test_a_name_stands_by_its_own_point_or_a_line_leads_there(points):
+    drawn = scatter(points)
+    drawn.canvas.draw()
+    axes = drawn.axes[0]
+    assert len(axes.texts) == len(points)
+
+    def distance(box, point):
+        x, y = axes.transData.transform(point)
+        return math.hypot(max(box.x0 - x, x - box.x1, 0), max(box.y0 - y, y - box.y1, 0))
+
+    places = [text.xy for text in axes.texts]
+    for text in axes.texts:
+        box = Text.get_window_extent(text)
+        nearest = min(distance(box, place) for place in places if place != text.xy)
+        assert text.arrow_patch or distance(box, text.xy) < nearest, text.get_text()
 
 
 def test_of_many_points_only_the_best_for_their_cost_are_named():
