@@ -8,7 +8,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
+import re
 import sys
+import sysconfig
+import traceback
 from abc import ABC
 from collections.abc import Iterator
 from functools import cache
@@ -17,6 +21,10 @@ from pathlib import Path
 from types import ModuleType
 
 ENTRY_POINTS = "tessera.plugins"
+
+
+class Unknown(LookupError):
+    """No class has this name: another one may have been meant."""
 
 
 def subclasses(base: type) -> Iterator[type]:
@@ -48,6 +56,13 @@ def usable(base: type) -> dict[str, list[type]]:
     return found
 
 
+def _lacks(cls: type) -> str:
+    """What a class that should be usable has not; empty where it is meant as a base, or lacks nothing."""
+    if ABC in cls.__bases__ or not inspect.isabstract(cls) or cls.__subclasses__():
+        return ""
+    return f"lacks {', '.join(sorted(cls.__abstractmethods__))}"  # type: ignore[attr-defined]
+
+
 def find(base: type, name: str) -> type:
     """The class that `name`, short or a full import path, means where a `base` is asked for.
 
@@ -57,6 +72,8 @@ def find(base: type, name: str) -> type:
     """
     if "." in name:
         module_name, _, attribute = name.rpartition(".")
+        if not all(name.split(".")):
+            raise LookupError(f"{name!r} is no import path; write package.module.Class")
         try:
             cls = getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError) as error:
@@ -64,14 +81,17 @@ def find(base: type, name: str) -> type:
         if not isinstance(cls, type) or not issubclass(cls, base):
             raise LookupError(f"{name!r} is no {base.__name__}")
         if _abstract(cls):
-            raise LookupError(f"{name!r} is abstract; name a class below it")
+            raise LookupError(f"{name!r} {_lacks(cls) or 'is abstract; name a class below it'}")
         return cls
     found = usable(base).get(name, [])
     if len(found) > 1:
         paths = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in found[:4]) + ", …" * (len(found) > 4)
         raise LookupError(f"{name!r} means several classes; give the full path of one: {paths}")
     if not found:
-        raise LookupError(f"unknown {base.__name__} {name!r}")
+        for cls in subclasses(base):
+            if cls.__name__ == name and (lacks := _lacks(cls)):
+                raise LookupError(f"{cls.__module__}.{cls.__qualname__} {lacks}, which a {base.__name__} must have")
+        raise Unknown(f"unknown {base.__name__} {name!r}")
     return found[0]
 
 
@@ -83,10 +103,13 @@ def load_plugin(spec: str) -> ModuleType:
     Raises:
         LookupError: there is no such file or module, or it fails while it is imported.
     """
-    try:
-        if not spec.endswith(".py"):
-            return importlib.import_module(spec)
-        path = Path(spec).resolve()
+    path = Path(spec).resolve()
+    if not spec.strip():
+        raise LookupError(f"got {spec!r}, must be a Python file (.py) or an import path")
+    folder = f"{spec}: is a folder, not a file; name a Python file in it, or an import path" if path.is_dir() else ""
+    if folder and (spec.endswith(".py") or not all(part.isidentifier() for part in spec.split("."))):
+        raise LookupError(folder)
+    if spec.endswith(".py"):
         if not path.is_file():
             raise LookupError(f"no such file: {spec}")
         present = sys.modules.get(path.stem)
@@ -94,23 +117,32 @@ def load_plugin(spec: str) -> ModuleType:
             if getattr(present, "__file__", None) and Path(str(present.__file__)).resolve() == path:
                 return present
             raise LookupError(f"{spec}: a module called {path.stem!r} is loaded already; rename the file")
-        if str(path.parent) not in sys.path:
-            sys.path.append(str(path.parent))
-        module_spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert module_spec is not None
-        assert module_spec.loader is not None
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[path.stem] = module
-        try:
-            module_spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[path.stem]
-            raise
-        return module
-    except LookupError:
-        raise
+    try:
+        module = _execute(path) if spec.endswith(".py") else importlib.import_module(spec)
     except (Exception, SystemExit) as error:  # a plug-in may fail in any way
+        if folder and isinstance(error, ModuleNotFoundError) and error.name == spec:
+            raise LookupError(folder) from error
         raise LookupError(f"plug-in {spec} fails: {_one_line(error)}") from error
+    if getattr(module, "__file__", None) is None and hasattr(module, "__path__"):
+        raise LookupError(folder or f"{spec}: is a folder without __init__.py; name a module in it")
+    return module
+
+
+def _execute(path: Path) -> ModuleType:
+    """A Python file as the module of its name."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[path.stem] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    return module
 
 
 def load_entry_points() -> None:
@@ -133,4 +165,15 @@ def _load_entry_points(path: tuple[str, ...]) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    """`KeyError: 'x' (my_block.py, line 12)`: the place is the last one outside libraries, where there is one."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, SyntaxError):
+        return text  # says it itself
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__ and not re.search(r"^<frozen |[/\\]importlib[/\\]", frame.filename)
+    ]
+    libraries = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
+    frames = [frame for frame in frames if not frame.filename.startswith(libraries)] or frames
+    return f"{text} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else text

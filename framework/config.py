@@ -86,13 +86,12 @@ def load_yaml(path: Path) -> dict[str, Any]:
         ConfigError: there is no such file, it is no YAML, it holds no mapping, or it names a key twice.
     """
     if not path.is_file():
-        near = nearest(path.name, (p.name for p in path.parent.glob("*.y*ml")))
+        near = nearest(path.name, (p.name for p in path.parent.glob("*.y*ml") if p.is_file()))
         what = "is a folder, not a file" if path.is_dir() else "no such file"
         raise ConfigError(f"{path}: {what}" + (f" (did you mean {path.parent / near}?)" if near else ""))
     try:
         text = path.read_text(encoding="utf-8")
-        tree = yaml.compose(text, yaml.SafeLoader)
-        _refuse_twice(tree, path)
+        _check_nodes(yaml.compose(text, yaml.SafeLoader), str(path))
         loaded = get_loader("yaml")(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -110,19 +109,24 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _refuse_twice(node: yaml.Node | None, path: Path) -> None:
-    """YAML itself lets the second of two equal keys win, silently."""
+def _check_nodes(node: yaml.Node | None, where: str, above: tuple[yaml.Node, ...] = ()) -> None:
+    """Raises ConfigError for what YAML takes: of two equal keys the second, silently, and what contains itself."""
+    if node is None:
+        return
+    if node in above:
+        raise ConfigError(f"{where}, line {node.start_mark.line + 1}: an anchor stands for what contains its own alias")
+    above = (*above, node)
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen and key.value != "<<":
-                    raise ConfigError(f"{path}, line {key.start_mark.line + 1}: {key.value!r} stands here twice")
+                    raise ConfigError(f"{where}, line {key.start_mark.line + 1}: {key.value!r} stands here twice")
                 seen.add(key.value)
-            _refuse_twice(value, path)
+            _check_nodes(value, where, above)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _refuse_twice(value, path)
+            _check_nodes(value, where, above)
 
 
 def layers(path: Path, seen: set[Path], above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
@@ -154,8 +158,11 @@ def layers(path: Path, seen: set[Path], above: tuple[Path, ...] = ()) -> list[tu
     found: list[tuple[str, dict[str, Any]]] = []
     for base in bases:
         target = path.parent / base
+        if not base.strip():
+            raise ConfigError(f"{path}: extends: got {base!r}, must be a config file, or left out")
         if not target.is_file():
-            raise ConfigError(f"{path}: extends: no such file: {target}")
+            what = "is a folder, not a file" if target.is_dir() else "no such file"
+            raise ConfigError(f"{path}: extends: {what}: {target}")
         if target.resolve() not in seen:
             found += layers(target, seen, (*above, path.resolve()))
     seen.add(path.resolve())
@@ -172,6 +179,7 @@ def nested(path: str, value: Any) -> dict[str, Any]:
 def parse_value(text: str, where: str) -> Any:
     """A value of the command line, as YAML reads it."""
     try:
+        _check_nodes(yaml.compose(text, yaml.SafeLoader), where)
         return get_loader("yaml")(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not readable as YAML: {text!r}: {getattr(error, 'problem', error)}") from None
@@ -217,7 +225,11 @@ def compose(
         ConfigError: the first mistake, with its file and path.
     """
     found: list[tuple[str, dict[str, Any]]] = [kept] if kept else []
-    names = [Path(file) for file in files]
+    names = []
+    for file in files:
+        if not str(file).strip():
+            raise ConfigError(f"--config: got {str(file)!r}, must be a config file")
+        names.append(Path(file))
     seen: set[Path] = set()
     for path in names:
         found += layers(path, seen)

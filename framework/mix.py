@@ -40,7 +40,7 @@ class MixupCutmix(Mix):
         label_smoothing: share of each target that is spread over all classes.
 
     Raises:
-        ConfigError: both are off.
+        ConfigError: both are off, or a probability or a share is none.
 
     Source: arXiv 1710.09412 and 1905.04899, with DeiT's defaults (arXiv 2012.12877, table 9), by timm.data.Mixup.
     """
@@ -54,6 +54,9 @@ class MixupCutmix(Mix):
     def __post_init__(self) -> None:
         if self.mixup_alpha <= 0 and self.cutmix_alpha <= 0:
             raise ConfigError("model.mix: mixup_alpha and cutmix_alpha are both 0; for no mixing use NoMix")
+        for name in ("prob", "switch_prob", "label_smoothing"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ConfigError(f"model.mix.{name}: got {value}, must be 0 to 1")
 
     def __call__(self, images: Tensor, targets: Tensor, num_classes: int, step: int) -> tuple[Tensor, Tensor]:
         from timm.data import Mixup

@@ -63,7 +63,9 @@ class Optimizer(ABC):
     layer_decay: float
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The parameter groups of `model`. Raises ConfigError where `layer_decay` is out of range."""
+        """The parameter groups of `model`. Raises ConfigError where a decay is out of range."""
+        if not self.weight_decay >= 0:
+            raise ConfigError(f"model.optimizer.weight_decay: got {self.weight_decay}, must be at least 0")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"model.optimizer.layer_decay: got {self.layer_decay}, must be more than 0, at most 1")
         return parameter_groups(model, self.weight_decay, self.lr, self.layer_decay)

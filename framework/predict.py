@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from framework.checkpoints import Kept, kept_in, read_checkpoint
 from framework.construct import Workbench, complete
 from framework.data.cuts import transform_for
-from framework.data.pictures import decoded, read_picture
+from framework.data.pictures import decoded, read_picture, why
 from framework.errors import ConfigError
 from framework.run import load_weights
 
@@ -108,8 +108,7 @@ class Files(Dataset[tuple[Tensor, list[str]]]):
                 return self.cut(pixels), ""
             return F.interpolate(pixels[None], size=(size, size), mode="bilinear", antialias=True)[0], ""
         except Exception as error:  # PIL raises a dozen kinds for a damaged file
-            why = " ".join(str(error).split()) or type(error).__name__
-            return torch.zeros(self.image.channels, size, size, dtype=torch.uint8), why[:200]
+            return torch.zeros(self.image.channels, size, size, dtype=torch.uint8), why(error, file)
 
 
 def _as_it_is(batch: Any) -> Any:

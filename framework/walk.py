@@ -121,7 +121,8 @@ class Walk:
         try:
             return registry.find(slot.base, name)
         except LookupError as error:
-            hint = "" if "several" in str(error) or "." in name else f" ({suggest(name, registry.usable(slot.base))})"
+            unknown = isinstance(error, registry.Unknown)
+            hint = f" ({suggest(name, registry.usable(slot.base))})" if unknown else ""
             if hint and not registry.usable(slot.base):
                 hint = " (give the full import path, for example package.module.Class)"
             raise self.error(path, f"{error}{hint}") from None

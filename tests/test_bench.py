@@ -281,6 +281,15 @@ def test_a_script_that_fails_is_one_line() -> None:
         script.Script(Timm("timm", "resnet18x", Image(32, 3), 10), Form(), CPU)
 
 
+def test_a_net_of_timm_that_does_not_take_the_image_is_one_line() -> None:
+    says = (
+        r"--against: timm's vit_tiny_patch16_224 does not run at 8 px with 1 channel\(s\): .* 8\).*; name another net"
+    )
+    with pytest.raises(BuildError, match=says) as caught:
+        Timm("timm", "vit_tiny_patch16_224", Image(8, 1), 10).cost()
+    assert "\n" not in str(caught.value)
+
+
 def test_bfloat16_is_autocast_or_everything(tiny: Tiny, timm_tnt: Timm) -> None:
     made = compare.make([timm_tnt, Ours.of(tiny())], strict=True)
     entries = [compare.Entry(timm_tnt), compare.Entry(timm_tnt, Form(low=True))]

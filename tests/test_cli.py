@@ -84,6 +84,14 @@ MISTAKES: dict[str, tuple[str, list[Any], list[str]]] = {
     "unknown data module": ("describe", [TNT, "--data=Digit"], ["data: unknown ImageData", "did you mean 'Digits'?"]),
     "timm's arguments that are ours": ("describe", [RESNET, "--model.backbone.args={num_classes: 5}"],
         ["model.backbone.args: num_classes is not set here"]),
+    "weight decay": ("fit", [TNT, "--model.optimizer.weight_decay=-1", "--trainer.fast_dev_run=true"],
+        ["model.optimizer.weight_decay: got -1.0, must be at least 0"]),
+    "label smoothing": (
+        "fit", [TNT, "--model.objectives={ce: {class_path: CrossEntropy, init_args: {label_smoothing: 5}}}"],
+        ["model.objectives.ce.label_smoothing: got 5.0, must be 0 to 1"]),
+    "label smoothing of mixed images": (
+        "describe", [TNT, "--model.mix={class_path: MixupCutmix, init_args: {label_smoothing: 5}}"],
+        ["model.mix.label_smoothing: got 5.0, must be 0 to 1"]),
     "optimizer's value": ("fit", [TNT, "--model.optimizer.lr=-1", "--trainer.fast_dev_run=true"],
         ["model.optimizer: Invalid learning rate: -1.0"]),
     "name of many classes": (

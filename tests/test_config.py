@@ -83,6 +83,9 @@ def test_a_circle_is_found(write: Write) -> None:
     ("text", "says"),
     [
         ("extends: nope.yaml", "x.yaml: extends: no such file: "),
+        ("extends: ''", "x.yaml: extends: got '', must be a config file, or left out"),
+        ("extends: [' ']", "x.yaml: extends: got ' ', must be a config file, or left out"),
+        ("extends: ..", "x.yaml: extends: is a folder, not a file: "),
         ("extends: 3", "x.yaml: extends: expected a file or a list of files, got 3"),
         ("extends: {a: b}", "x.yaml: extends: expected a file or a list of files"),
         ("[1, 2]", "x.yaml: must hold a mapping with keys such as model and data, got list"),
@@ -90,6 +93,8 @@ def test_a_circle_is_found(write: Write) -> None:
         ("model:\n\tdim: 3", "x.yaml, line 2, column 1: not readable as YAML: "),
         ("seed: 1\nname: a\nseed: 2", "x.yaml, line 3: 'seed' stands here twice"),
         ("trainer:\n  max_epochs: 1\n  max_epochs: 2", "x.yaml, line 3: 'max_epochs' stands here twice"),
+        ("seed: 1\nmodel: &a {backbone: *a}", "x.yaml, line 2: an anchor stands for what contains its own alias"),
+        ("trainer: {callbacks: &a [*a]}", "x.yaml, line 1: an anchor stands for what contains its own alias"),
         ("trainer: {callbacks: [{a: 1, a: 2}]}", "x.yaml, line 1: 'a' stands here twice"),
         ("model: !!python/object:os.system {}", "x.yaml, line 1, column 8: not readable as YAML: "),
         ("trainer: {on: 1}", "x.yaml: trainer: the key True is no name (YAML reads on, off"),
@@ -110,12 +115,21 @@ def test_a_mistake_in_a_file_names_file_and_place(write: Write, text: str, says:
     assert says in refusal(lambda: compose([path]))
 
 
+@pytest.mark.parametrize("text", ["&a {backbone: *a}", "&a [*a]"])
+def test_a_setting_that_contains_itself_is_refused(text: str) -> None:
+    says = "--model, line 1: an anchor stands for what contains its own alias"
+    assert refusal(lambda: parse_value(text, "--model")) == says
+
+
 def test_a_missing_file_is_suggested(write: Write) -> None:
     folder = write("ablation.yaml", "").parent
     assert refusal(lambda: compose([folder / "albation.yaml"])) == (
         f"{folder}/albation.yaml: no such file (did you mean {folder}/ablation.yaml?)"
     )
     assert refusal(lambda: compose([folder])) == f"{folder}: is a folder, not a file"
+    assert refusal(lambda: compose([""])) == "--config: got '', must be a config file"
+    (folder / "dir.yaml").mkdir()
+    assert refusal(lambda: compose([folder / "dir.yaml"])) == f"{folder}/dir.yaml: is a folder, not a file"
     (folder / "bytes.yaml").write_bytes(b"\xb5\xff")
     assert refusal(lambda: compose([folder / "bytes.yaml"])) == f"{folder}/bytes.yaml: is no text in UTF-8"
 
@@ -272,6 +286,9 @@ def test_a_word_that_yaml_reads_as_no_name_is_refused(write: Write, word: str) -
         ("model.backbone.blocks.ntb", "NTP", "unknown Block 'NTP' (did you mean 'NTB'?"),
         ("model.backbone.blocks.ntb", "torch.nn.Linear", "'torch.nn.Linear' is no Block"),
         ("model.backbone.blocks.ntb", "nopackage.Block", "cannot import 'nopackage.Block'"),
+        ("model.backbone.blocks.ntb", ".", "'.' is no import path; write package.module.Class"),
+        ("model.backbone.blocks.ntb", ".blocks.NTB", "'.blocks.NTB' is no import path"),
+        ("model.backbone.blocks.ntb", "blocks..NTB", "'blocks..NTB' is no import path"),
         ("model.backbone.blocks.ntb", 3, "expected a Block (a name or a mapping of arguments), got 3"),
         ("model.backbone.blocks.ntb.norm", "ReLU", "unknown Norm 'ReLU' (allowed: BatchNorm, LayerNorm"),
         ("model.backbone.blocks.ntb.normm", "ReLU", "NTB has no such argument (did you mean 'norm'?"),

@@ -180,6 +180,19 @@ def test_printed(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert str(folders.parent / "out/sheet.png") in text
 
 
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_images_of_other_channels_are_shown_by_the_first(
+    channels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.random.RandomState(0).randint(0, 256, (40, 8, 8, channels)).astype(np.uint8)
+    np.savez(tmp_path / "set.npz", train_images=images, train_labels=np.arange(40) % 4)
+    config = data_config(tmp_path, kind="Npz", path=str(tmp_path / "set.npz"))
+    assert main(["data", "--config", str(config), "--out", str(tmp_path / "out")]) == 0
+    assert f"{channels} channel(s)" in capsys.readouterr().out
+    tile = np.asarray(Pictures.open(tmp_path / "out" / "sheet.png"))[MARGIN * 2 : -MARGIN, MARGIN:-MARGIN]
+    assert (tile.max(axis=2) == tile.min(axis=2)).all() == (channels == 2)  # grey, or in colour
+
+
 def test_many_classes_go_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = np.arange(400) % 40
     labels[labels == 7] = 8

@@ -6,11 +6,13 @@ import json
 import math
 
 import pytest
+from matplotlib.text import Text
 
 from framework.ablation import figure
 from framework.ablation.forms import write
 from framework.ablation.state import Status, write_status
 from framework.ablation.tables import Metric, Row, Table, collect, short
+from framework.errors import ConfigError
 from tests.measured import study_with_a_failure, write_study
 
 
@@ -74,15 +76,59 @@ def scatter(points):
 def test_names_in_a_scatter_do_not_overlap():
     drawn = scatter([(f"a long name {i}", 1_000_000 + 40_000 * (i % 4), 0.9 + 0.002 * (i // 4)) for i in range(12)])
     drawn.canvas.draw()
-    boxes = [text.get_window_extent() for text in drawn.axes[0].texts]
+    boxes = [Text.get_window_extent(text) for text in drawn.axes[0].texts]  # without the lines to their points
     assert len(boxes) == 12
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [("none", 1_000_000, 0.9), ("rope", 1_002_000, 0.9001)],
+        [("none", 1_000_000, 0.9), ("rope", 1_000_000, 0.9001), ("far", 1_200_000, 0.95)],
+        [(f"a long name {i}", 1_000_000 + 40_000 * (i % 4), 0.9 + 0.002 * (i // 4)) for i in range(12)],
+    ],
+)
+def test_a_name_stands_by_its_own_point_or_a_line_leads_there(points):
+    drawn = scatter(points)
+    drawn.canvas.draw()
+    axes = drawn.axes[0]
+    assert len(axes.texts) == len(points)
+
+    def distance(box, point):
+        x, y = axes.transData.transform(point)
+        return math.hypot(max(box.x0 - x, x - box.x1, 0), max(box.y0 - y, y - box.y1, 0))
+
+    places = [text.xy for text in axes.texts]
+    for text in axes.texts:
+        box = Text.get_window_extent(text)
+        nearest = min(distance(box, place) for place in places if place != text.xy)
+        assert text.arrow_patch or distance(box, text.xy) < nearest, text.get_text()
 
 
 def test_of_many_points_only_the_best_for_their_cost_are_named():
     points = [(f"net {i}", 1000 * (1 + i % 10), 0.5 + 0.01 * (i % 10) - 0.001 * (i // 10)) for i in range(60)]
     named = {text.get_text() for text in scatter(points).axes[0].texts}
     assert named == {f"net {i}" for i in range(10)}
+
+
+@pytest.mark.parametrize(
+    ("damaged", "where"),
+    [
+        (b"epoch,val/acc1\n0,0.5\n1,half\n", ", line 3: is damaged: must hold an epoch and numbers; delete it"),
+        (b"epoch,val/acc1\nx,0.5\n", ", line 2: is damaged: must hold"),
+        (b"val/acc1\n0.5\n", ", line 2: is damaged: must hold"),
+        (b"epoch,val/acc1\n0,0.5,0.6\n", ", line 2: is damaged: must hold"),
+        (b"epoch,val/acc1\n0,\xff\n", ": is damaged: no text in UTF-8; delete it"),
+    ],
+)
+def test_damaged_curves_are_named(tmp_path, damaged, where):
+    study = write_study(tmp_path)
+    path = study / "word=0" / "seed=0" / "curves.csv"
+    path.write_bytes(damaged)
+    with pytest.raises(ConfigError) as caught:
+        figure.curves(study, collect(study))
+    assert str(caught.value).startswith(f"{path}{where}")
 
 
 def test_curves_are_means_over_seeds_and_the_best_cells(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from framework.ablation.grid import Ablation, cells
 from framework.ablation.state import Status, read_status, read_study, write_status, write_text
+from framework.ablation.tables import collect
 from framework.errors import ConfigError
 from tests.studies import document, dump, override, prepared
 
@@ -55,6 +57,21 @@ def test_names_that_are_no_file_names_are_made_so():
     [
         ({"axes": {}}, "ablation.axes: nothing varies"),
         ({"axes": {"word": {}}}, "ablation.axes.word: has no values"),
+        (
+            {"axes": {"word": {"x": {"seed": 3}}}},
+            "ablation.axes.word.x: seed would vary nothing; list seeds under ablation.seeds",
+        ),
+        (
+            {"axes": {"word": {"x": {"ablation.name": "y"}}}},
+            "ablation.axes.word.x: ablation.name would vary nothing; set it under ablation itself",
+        ),
+        (
+            {"axes": {"word": {"x": {"launcher.jobs": 2}}}},
+            "ablation.axes.word.x: launcher.jobs would vary nothing; all",
+        ),
+        ({"axes": {"word": {"x": {"name": "y"}}}}, "ablation.axes.word.x: name would vary nothing; each run is named"),
+        ({"published": {"rows": {"none/none": 80.0}}}, "ablation.published.source: is missing; give the paper"),
+        ({"published": {"source": "x"}}, "ablation.published.rows: is missing; give the paper's number"),
         ({"axes": {"word": {True: {}}}}, "ablation.axes.word: YAML reads a name here as True; put it in quotes"),
         ({"seeds": []}, "ablation.seeds: is empty"),
         ({"seeds": [3, 4, 3]}, "ablation.seeds: 3 is there twice"),
@@ -90,6 +107,14 @@ def test_mistakes_are_one_line(changes, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["name", "axes"])
+def test_what_a_study_needs_is_named(key):
+    made = document()
+    del made["ablation"][key]
+    with pytest.raises(ConfigError, match=rf"^ablation\.{key}: is missing; give "):
+        cells(made, override)
+
+
 # The folder
 
 
@@ -100,7 +125,23 @@ def test_a_status_is_read_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
-@pytest.mark.parametrize("text", ["", '{"state": "fin', "[]", "3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"state": "fin',
+        "[]",
+        "3",
+        '{"state": "done"}',
+        '{"state": ["finished"]}',
+        '{"state": "finished", "epoch": "3"}',
+        '{"state": "finished", "metrics": {"val/acc1": null}}',
+        '{"state": "finished", "metrics": {"val/acc1": "0.9"}}',
+        '{"state": "finished", "metrics": [0.9]}',
+        '{"state": "finished", "measures": {"seconds": null}}',
+        '{"state": "failed", "error": null}',
+    ],
+)
 def test_what_cannot_be_read_waits(tmp_path, text):
     assert read_status(tmp_path) == Status("waiting")
     (tmp_path / "status.json").write_text(text)
@@ -139,6 +180,29 @@ def test_a_prepared_folder_holds_the_whole_study(tmp_path):
         read_study(tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize(
+    ("damage", "where"),
+    [
+        (lambda about: about.clear(), ": is damaged at 'name'; delete it"),
+        (lambda about: about.pop("axes"), ": is damaged at 'axes'; delete it"),
+        (lambda about: about.update(seeds=None), ": is damaged at 'seeds'; delete it"),
+        (lambda about: about["cells"][1].pop("macs"), ": cells[1]: is damaged at 'macs'; delete it"),
+        (lambda about: about["cells"].append(3), ": cells[4]: is damaged at 'folder'; delete it"),
+    ],
+)
+def test_a_damaged_study_is_named(tmp_path, damage, where):
+    prepared(tmp_path)
+    about = read_study(tmp_path)
+    damage(about)
+    (tmp_path / "study.json").write_text(json.dumps(about))
+    for read in (read_study, collect, prepared):
+        with pytest.raises(ConfigError) as caught:
+            read(tmp_path)
+        assert str(caught.value).startswith(f"{tmp_path}/study.json{where}")
+    (tmp_path / "study.json").unlink()
+    prepared(tmp_path)
+
+
 def test_other_configs_in_the_folder_are_refused(tmp_path):
     folders = prepared(tmp_path)
     before = (folders[0] / "config.yaml").read_text()
@@ -155,6 +219,18 @@ def test_other_configs_in_the_folder_are_refused(tmp_path):
         f"model.word: {'y' * 59}… → NoPosition, model.dim: 4 → 8 and 1 more; "
         "take another ablation.name, or move the folder away"
     )
+
+
+@pytest.mark.parametrize("damaged", [b"a: {b\nc: [" * 20, b"a: \xff", b"a: 2026-99-99"])
+def test_a_damaged_config_in_the_folder_is_named(tmp_path, damaged):
+    folders = prepared(tmp_path)
+    (folders[1] / "config.yaml").write_bytes(damaged)
+    with pytest.raises(ConfigError) as caught:
+        prepared(tmp_path)
+    assert str(caught.value).startswith(f"{folders[1]}/config.yaml: is damaged (")
+    assert str(caught.value).endswith("; delete it, or move the folder away")
+    (folders[1] / "config.yaml").unlink()
+    prepared(tmp_path)
 
 
 def test_a_study_may_grow_but_not_change_its_axes(tmp_path):

@@ -90,6 +90,17 @@ def test_npz_resizes_and_names(save: Any) -> None:
     assert epoch_of(data)[0].shape == (36, 3, 16, 16)
 
 
+@pytest.mark.parametrize(("channels", "seen"), [(2, 1), (4, 3), (5, 3)])
+def test_other_channels_are_trained_on_and_the_first_are_shown(save: Any, channels: int, seen: int) -> None:
+    data = Npz(save(**arrays(40, (8, 8, channels))))
+    assert data.image == Image(8, channels)
+    batch = epoch_of(data)[0]
+    assert batch.shape == (36, channels, 8, 8)
+    train = data.split("train")
+    want = (batch * train.std[:, None, None] + train.mean[:, None, None])[:5, :seen]
+    assert torch.allclose(data.sample(5)[0], want, atol=1e-6)
+
+
 def test_constant_images_stay_finite(save: Any) -> None:
     data = Npz(save(train_images=np.zeros((20, 4, 4), np.uint8), train_labels=np.arange(20) % 2))
     assert torch.equal(epoch_of(data)[0], torch.zeros(18, 1, 4, 4))
@@ -132,6 +143,8 @@ def test_npz_file_errors(save: Any, tmp_path: Path) -> None:
     save(**arrays())
     near = error_of(Npz, str(tmp_path / "sett.npz"))
     assert near == f"data.path: no file sett.npz in {tmp_path}; did you mean 'set.npz'?; allowed: set.npz"
+    (tmp_path / "dir.npz").mkdir()
+    assert error_of(Npz, str(tmp_path / "dir.npz")) == f"data.path: {tmp_path}/dir.npz is a folder, not a .npz file"
     assert error_of(Npz, "/usr/set.npz") == "data.path: no file set.npz in /usr; there is no .npz file"
     assert "there is no folder" in error_of(Npz, str(tmp_path / "no" / "set.npz"))
     broken = tmp_path / "broken.npz"

@@ -351,6 +351,23 @@ def test_mistakes_are_told_before_the_first_step(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["CrossEntropy", "IntermediateCrossEntropy"])
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ({"label_smoothing": 5.0}, "label_smoothing: got 5.0, must be 0 to 1"),
+        ({"label_smoothing": -0.1}, "label_smoothing: got -0.1, must be 0 to 1"),
+        ({"weight": -1.0}, "weight: got -1.0, must be at least 0"),
+    ],
+)
+def test_values_out_of_range_are_told_when_the_net_is_built(
+    tiny: Callable[..., dict[str, Any]], kind: str, args: dict[str, float], says: str
+) -> None:
+    with pytest.raises((ConfigError, BuildError)) as caught:
+        build_model(tiny(**{"model.objectives": {"own": {"class_path": kind, "init_args": args}}}))
+    assert str(caught.value) == f"model.objectives.own.{says}"
+
+
 def test_the_distillation_token_needs_a_head_for_it(
     tiny: Callable[..., dict[str, Any]], teacher: dict[str, Any]
 ) -> None:

@@ -26,7 +26,7 @@ from framework import run as runs
 from framework.config import compose
 from framework.construct import build_model
 from framework.errors import ConfigError
-from framework.optim import AdamW, AtOnce, DeiTCosine, OneCycle, Schedule, parameter_groups
+from framework.optim import SGD, AdamW, AtOnce, DeiTCosine, OneCycle, Schedule, parameter_groups
 from framework.run import train
 from tests.conftest import EXPERIMENTS
 
@@ -258,6 +258,13 @@ def test_layers_of_a_pyramid_and_of_a_net_of_timms() -> None:
         f"net.{name}": layer for name, layer in theirs.items() if not name.startswith("fc.")
     } == net.backbone.layers()
     assert theirs["fc.weight"] == max(net.backbone.layers().values()) + 1
+
+
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+@pytest.mark.parametrize("decay", [-0.05, float("nan")])
+def test_weight_decay_out_of_range(kind: type[AdamW | SGD], decay: float) -> None:
+    with pytest.raises(ConfigError, match=f"model.optimizer.weight_decay: got {decay}, must be at least 0"):
+        kind(weight_decay=decay).build(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.5])

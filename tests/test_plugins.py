@@ -69,16 +69,24 @@ def test_an_entry_point_that_fails_is_one_line(write: Write, monkeypatch: pytest
     write("tessera_broken-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tessera_broken\nVersion: 1.0\n")
     write("tessera_broken-1.0.dist-info/entry_points.txt", "[tessera.plugins]\nmine = tessera_broken_entry\n")
     monkeypatch.syspath_prepend(folder)
-    assert refusal(lambda: compose([TNT])) == "plugins: plug-in tessera_broken_entry fails: ValueError: a b"
+    assert refusal(lambda: compose([TNT])) == (
+        "plugins: plug-in tessera_broken_entry fails: ValueError: a b (tessera_broken_entry.py, line 1)"
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("def f(:", "SyntaxError: invalid syntax (tessera_broken_0.py, line 1)"),
-        ("import nopackage", "ModuleNotFoundError: No module named 'nopackage'"),
-        ("raise ValueError('a\\nb')", "ValueError: a b"),
-        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("import nopackage", "ModuleNotFoundError: No module named 'nopackage' (tessera_broken_0.py, line 1)"),
+        ("raise ValueError('a\\nb')", "ValueError: a b (tessera_broken_0.py, line 1)"),
+        ("raise SystemExit(3)", "SystemExit: 3 (tessera_broken_0.py, line 1)"),
+        ("a = {}\na['foo']", "KeyError: 'foo' (tessera_broken_0.py, line 2)"),
+        ("\n[][3]", "IndexError: list index out of range (tessera_broken_0.py, line 2)"),
+        (
+            "import json\njson.loads('')",
+            "JSONDecodeError: Expecting value: line 1 column 1 (char 0) (tessera_broken_0.py, line 2)",
+        ),
     ],
 )
 def test_a_plug_in_that_fails_is_one_line(write: Write, text: str, says: str) -> None:
@@ -86,11 +94,37 @@ def test_a_plug_in_that_fails_is_one_line(write: Write, text: str, says: str) ->
     assert refusal(lambda: compose([TNT], plugins=[str(path)])) == f"plugins: plug-in {path} fails: {says}"
 
 
+def test_a_block_without_forward_is_told_so(write: Write) -> None:
+    path = write("tessera_foward.py", PLUGIN.format(name="NoForward").replace("def forward", "def foward"))
+    for name in ("NoForward", "tessera_foward.NoForward"):
+        message = refusal(lambda name=name: compose([TNT], uses(name), [str(path)]))  # type: ignore[misc]
+        assert message.startswith("model.backbone.blocks.own: ")
+        assert "tessera_foward.NoForward" in message
+        assert " lacks forward" in message
+        assert "did you mean" not in message
+
+
 def test_a_plug_in_that_is_not_there_is_named(write: Write) -> None:
     assert refusal(lambda: compose([TNT], plugins=["nope.py"])) == "plugins: no such file: nope.py"
     assert "No module named 'nope'" in refusal(lambda: compose([TNT], plugins=["nope"]))
+    assert refusal(lambda: compose([TNT], plugins=[""])) == (
+        "plugins: got '', must be a Python file (.py) or an import path"
+    )
     path = write("torch.py", "")
     assert refusal(lambda: compose([TNT], plugins=[str(path)])).endswith("is loaded already; rename the file")
+
+
+@pytest.mark.parametrize("spec", ["tessera_folder", "./tessera_folder", "tessera_folder/", "tessera_folder.py", ".."])
+@pytest.mark.parametrize("importable", [False, True])
+def test_a_folder_is_no_plug_in(spec: str, importable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tessera_folder", "tessera_folder.py"):
+        (tmp_path / "here" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delitem(sys.modules, "tessera_folder", raising=False)
+    if importable:
+        monkeypatch.syspath_prepend(tmp_path / "here")
+    says = f"plugins: {spec}: is a folder, not a file; name a Python file in it, or an import path"
+    assert refusal(lambda: compose([TNT], plugins=[spec])) == says
 
 
 def test_a_plug_in_file_goes_with_the_run_folder(

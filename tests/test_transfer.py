@@ -56,6 +56,9 @@ def test_convert_writes_weights_and_card_that_give_the_published_logits(publishe
     command = ["convert", str(published), "--config", CONFIG, "--out", str(out), "--licence", "Apache-2.0"]
     assert main([*command, "--origin", "the authors", "--accuracy", "81.5 % top-1", *overrides(NET)]) == 0
     assert "tensors loaded" in capsys.readouterr().out
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert [path.stat().st_mode for path in (out, out.with_suffix(".md"))] == [plain.stat().st_mode] * 2
     card = out.with_suffix(".md").read_text()
     assert all(text in card for text in ("the authors", "Apache-2.0", "81.5 % top-1", "SentenceStem"))
     vector, model = load("tnt_m16_basic"), net()

@@ -12,6 +12,7 @@ from framework.ablation.labels import Point, write_names
 from framework.ablation.state import counted
 from framework.ablation.stats import Sample, sample
 from framework.ablation.tables import Row, Table, short
+from framework.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -232,16 +233,27 @@ def _curve(axes: Any, runs: list[dict[int, float]], scale: float, style: dict[st
 
 
 def _read_curves(run: Path) -> Curves:
-    """What a run has written of its epochs; empty where there is nothing."""
+    """What a run has written of its epochs; empty where there is nothing.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
     found: Curves = {}
+    path, lines = run / "curves.csv", 0
     try:
-        with (run / "curves.csv").open(newline="", encoding="utf-8") as file:
-            for line in csv.DictReader(file):
+        with path.open(newline="", encoding="utf-8") as file:
+            for lines, line in enumerate(csv.DictReader(file), 1):  # noqa: B007 (read where it fails)
                 epoch = int(line.pop("epoch"))
                 for name, value in counted({name: float(text) for name, text in line.items() if text}).items():
                     found.setdefault(name, {})[epoch] = value
     except FileNotFoundError:
         pass
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is damaged: no text in UTF-8; delete it to do without its curves") from None
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise ConfigError(
+            f"{path}, line {lines + 1}: is damaged: must hold an epoch and numbers; delete it to do without its curves"
+        ) from None
     return found
 
 

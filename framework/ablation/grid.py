@@ -16,6 +16,14 @@ Override = Callable[[Document, dict[str, Any], str], Document]
 Choices = dict[str, str]
 When = Mapping[str, Mapping[str, Collection[str]]]
 
+# Sections that no value of an axis can set, as every cell has its own or all have one, and what is right.
+FIXED = {
+    "seed": "list seeds under ablation.seeds",
+    "name": "each run is named by its axes and its seed",
+    "ablation": "set it under ablation itself",
+    "launcher": "all cells of a study have one",
+}
+
 
 @dataclass
 class Published:
@@ -68,6 +76,9 @@ class Ablation:
             ConfigError: nothing to vary, or something is named that is not there.
         """
         section = dict(document["ablation"])
+        for key, right in (("name", "the study's folder"), ("axes", "what varies, as word: {none: {…}, learned: {…}}")):
+            if key not in section:
+                raise ConfigError(f"ablation.{key}: is missing; give {right}")
         section["axes"] = {
             _name(axis, "axes"): {_name(value, f"axes.{axis}"): settings for value, settings in values.items()}
             for axis, values in section["axes"].items()
@@ -81,6 +92,9 @@ class Ablation:
             for axis, beside in section.get("when", {}).items()
         }
         if published := section.get("published"):
+            for key, right in (("source", "the paper and its table"), ("rows", "the paper's number for each cell")):
+                if key not in published:
+                    raise ConfigError(f"ablation.published.{key}: is missing; give {right}")
             rows = {_name(row, "published.rows"): value for row, value in published["rows"].items()}
             section["published"] = Published(**{**published, "rows": rows})
         section["zip"] = section.pop("with", [])
@@ -153,6 +167,9 @@ class Ablation:
         owner: dict[str, str] = {}
         for axis, values in self.axes.items():
             for key in {key for settings in values.values() for key in settings}:
+                if hint := FIXED.get(key.split(".")[0]):
+                    value = next(value for value, settings in values.items() if key in settings)
+                    raise ConfigError(f"ablation.axes.{axis}.{value}: {key} would vary nothing; {hint}")
                 if key in owner:
                     raise ConfigError(f"ablation.axes: {owner[key]} and {axis} both set {key}; one of them must not")
                 owner[key] = axis

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -19,6 +20,18 @@ from framework.ablation.grid import Ablation, Cell, Document
 from framework.errors import ConfigError
 
 State = Literal["waiting", "running", "finished", "interrupted", "failed", "stopped"]
+
+# What study.json must hold, of the study and of each cell.
+ABOUT: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "metric": (str, list),
+    "axes": dict,
+    "seeds": list,
+    "baseline": dict,
+    "published": (dict, NoneType),
+    "cells": list,
+}
+CELL: dict[str, type | tuple[type, ...]] = {"folder": str, "choices": dict, "params": int, "macs": int}
 Dump = Callable[[Document], str]
 Measures = dict[str, dict[str, int]]
 
@@ -74,12 +87,15 @@ def counted(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def read_status(folder: Path) -> Status:
-    """The status of a run; one that cannot be read, or is not there, is waiting."""
+    """The status of a run; one that cannot be read, has a value of another type, or is not there, is waiting."""
     try:
         data = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        return Status(**{each.name: data[each.name] for each in fields(Status) if each.name in data})
-    except (OSError, ValueError, TypeError):
+        status = Status(**{each.name: data[each.name] for each in fields(Status) if each.name in data})
+        numbers = [status.epoch, status.epochs, *status.metrics.values(), *status.measures.values()]
+    except (OSError, ValueError, TypeError, AttributeError):
         return Status()
+    sound = status.state in get_args(State) and all(isinstance(number, int | float) for number in numbers)
+    return status if sound and isinstance(status.error, str) else Status()
 
 
 def write_status(folder: Path, status: Status) -> None:
@@ -110,10 +126,18 @@ def check(study: Path, ablation: Ablation, cells: list[Cell], dump: Dump) -> lis
     texts = [dump(cell.document) for cell in cells]
     for cell, text in zip(cells, texts, strict=True):
         path = study / cell.folder / "config.yaml"
-        if not path.exists() or (old := path.read_text(encoding="utf-8")) == text:
+        if not path.exists():
             continue
-        # Both through the same loader: what it makes of a value does not matter, only whether it is the same.
-        if found := list(differences(yaml.safe_load(old), yaml.safe_load(text))):
+        try:
+            if (old := path.read_text(encoding="utf-8")) == text:
+                continue
+            # Both through the same loader: what it makes of a value does not matter, only whether it is the same.
+            found = list(differences(yaml.safe_load(old), yaml.safe_load(text)))
+        except (ValueError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"{path}: is damaged ({type(error).__name__}); delete it, or move the folder away"
+            ) from None
+        if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise ConfigError(f"{path.parent}: was made with another config: {', '.join(found[:3])}{more}; {mend}")
     return texts
@@ -155,12 +179,24 @@ def read_study(study: Path) -> dict[str, Any]:
     """What `prepare` wrote about the study as a whole: all that a table needs beside the runs' statuses.
 
     Raises:
-        ConfigError: there is no study in this folder.
+        ConfigError: there is no study in this folder, or its study.json is damaged.
     """
+    path = study / "study.json"
     try:
-        return json.loads((study / "study.json").read_text(encoding="utf-8"))
+        about = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{study}: is not the folder of a study: {error}") from error
+    _need(about, ABOUT, f"{path}")
+    for place, cell in enumerate(about["cells"]):
+        _need(cell, CELL, f"{path}: cells[{place}]")
+    return about
+
+
+def _need(found: object, keys: Mapping[str, type | tuple[type, ...]], where: str) -> None:
+    """Raises ConfigError where a mapping has not each of `keys` with a value of its type."""
+    for key, kind in keys.items():
+        if not isinstance(found, dict) or not isinstance(found.get(key, ...), kind):
+            raise ConfigError(f"{where}: is damaged at {key!r}; delete it, and the next fit writes it anew")
 
 
 def differences(old: object, new: object, path: str = "") -> Iterator[str]:

@@ -21,6 +21,7 @@ from framework.compiled import compile_regions
 from framework.config import load_plugins
 from framework.construct import build_model
 from framework.data.base import Image
+from framework.errors import reason
 from framework.measure import cost, meta_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -171,7 +172,13 @@ class Timm(Entrant):
         net.requires_grad_(False)
         size = self.image.size
         with FlopCounterMode(display=False) as counter:
-            net(torch.empty(1, self.image.channels, size, size, device="meta"))
+            try:
+                net(torch.empty(1, self.image.channels, size, size, device="meta"))
+            except Exception as error:  # a net of timm may fail in any way
+                raise BuildError(
+                    f"--against: timm's {self.net} does not run at {size} px with {self.image.channels} channel(s): "
+                    f"{reason(error)}; name another net, or set data.size"
+                ) from error
         return params, counter.get_total_flops() // 2
 
 

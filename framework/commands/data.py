@@ -181,7 +181,7 @@ def by_class(header: tuple[str, ...], columns: list[Tensor], targets: Tensor, na
 
 
 def shown(images: ImageSet, keys: list[int]) -> Batch:
-    """Images as the net sees them, back in uint8 and without normalisation; and their targets."""
+    """Images as the net sees them, but visible, in uint8 and without normalisation; and their targets."""
     pixels, targets = images.__getitems__(keys)
     return denormalised(images, pixels), targets
 
@@ -189,7 +189,9 @@ def shown(images: ImageSet, keys: list[int]) -> Batch:
 def denormalised(images: ImageSet, pixels: Tensor) -> Tensor:
     import torch
 
-    values = pixels * images.std[:, None, None] + images.mean[:, None, None]
+    from framework.data.base import visible
+
+    values = visible(pixels * images.std[:, None, None] + images.mean[:, None, None])
     return (255 * values).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -283,7 +285,8 @@ def show(found: dict[str, Any], folder: Path) -> None:
     for column in ("channel", "mean", "std", "measured mean", "measured std"):
         table.add_column(column, justify="left" if column == "channel" else "right")
     columns = [facts[key][each] for key in ("normalised_by", "measured") for each in ("mean", "std")]
-    channels = ("red", "green", "blue") if len(columns[0]) == 3 else ("grey",)
+    names = {1: ("grey",), 3: ("red", "green", "blue")}
+    channels = names.get(len(columns[0]), tuple(str(channel) for channel in range(len(columns[0]))))
     for channel, *values in zip(channels, *columns, strict=True):
         table.add_row(channel, *(f"{value:.4f}" for value in values))
     out.print(table)

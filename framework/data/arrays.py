@@ -127,7 +127,9 @@ class Npz(MemoryData):
             folder = self.path.parent
             if not folder.is_dir():
                 raise ConfigError(f"data.path: no file {self.path}: there is no folder {folder}")
-            names = [path.name for path in folder.glob("*.npz")]
+            if self.path.is_dir():
+                raise ConfigError(f"data.path: {self.path} is a folder, not a .npz file")
+            names = [path.name for path in folder.glob("*.npz") if path.is_file()]
             near = suggest(self.path.name, names) if names else "there is no .npz file"
             raise ConfigError(f"data.path: no file {self.path.name} in {folder}; {near}")
         headers = {}

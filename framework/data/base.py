@@ -40,11 +40,16 @@ class Image:
 
     Args:
         size: height and width in pixels.
-        channels: 3 for colour, 1 for grey.
+        channels: 3 for colour, 1 for grey; arrays may have others.
     """
 
     size: int
     channels: int = 3
+
+
+def visible(images: Tensor) -> Tensor:
+    """Images `(N, C, H, W)` in grey or colour: of 2 channels the first, of more than 3 the first 3."""
+    return images[:, : 3 if images.shape[1] > 2 else 1]
 
 
 def seed_of(stream: int, *parts: int) -> int:
@@ -308,10 +313,13 @@ class ImageData(LightningDataModule, ABC):
         return self._splits[split]
 
     def sample(self, n: int) -> Batch:
-        """The first `n` training images of epoch 0 as a net sees them, but with values in 0..1; and their targets."""
+        """The first `n` training images of epoch 0 and their targets.
+
+        They are as a net sees them, but `visible` and with values in 0..1.
+        """
         images = self.split("train")
         pixels, targets = images.__getitems__(list(Order(len(images)))[:n])
-        return (pixels * images.std[:, None, None] + images.mean[:, None, None]).clamp(0, 1), targets
+        return visible(pixels * images.std[:, None, None] + images.mean[:, None, None]).clamp(0, 1), targets
 
     def order(self, images: ImageSet, devices: int, rank: int) -> Order | DistributedSampler[int]:
         """The order of the training images. Lightning shares one out over the devices, but no DistributedSampler."""

@@ -70,7 +70,7 @@ def find(split: str, pattern: str) -> list[Path]:
         raise ConfigError(f"data.{split}: {pattern} names no shard; a range counts up, such as {{000..146}}")
     if missing:
         first = Path(missing[0])
-        there = [path.name for path in first.parent.glob("*.tar")] if first.parent.is_dir() else []
+        there = [path.name for path in first.parent.glob("*.tar") if path.is_file()] if first.parent.is_dir() else []
         near = suggest(first.name, there) if there else "there is no .tar file"
         near = near if first.parent.is_dir() else "there is no such folder"
         more = f" (and {len(missing) - 1} more of {len(names)})" if len(missing) > 1 else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from blocks.base import Features
+from blocks.base import BuildError, Features
 
 if TYPE_CHECKING:
     from framework.tasks.classification import Classification
@@ -46,12 +46,21 @@ class Objective(nn.Module, ABC):
     Attributes:
         reads: which parts of the final features it reads beside what the head reads.
         weight: its factor in the sum; what is logged under its name is the value without it.
+        label_smoothing: share of each target that is spread over all classes, where it has one.
         token: whose classifier it teaches, where a head has two.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
     weight: float = 1.0
+    label_smoothing: float = 0.0
     token: Token = "class"
+
+    def check(self, where: str) -> None:
+        """Raises BuildError where the weight or the label smoothing of the term at `where` is out of range."""
+        if not self.weight >= 0:
+            raise BuildError(f"{where}.weight: got {self.weight}, must be at least 0")
+        if not 0 <= self.label_smoothing <= 1:
+            raise BuildError(f"{where}.label_smoothing: got {self.label_smoothing}, must be 0 to 1")
 
     def setup(self, task: Classification) -> None:
         """Called once when the net is there: checks what it needs of it, and adds projections of its own.

@@ -82,7 +82,8 @@ class Classification(Task):
                 if isinstance(module, nn.Linear | nn.Conv2d):
                     module.reset_parameters()
         self.objectives = nn.ModuleDict(objectives or {"cross_entropy": CrossEntropy()})
-        for term in self.terms.values():
+        for name, term in self.terms.items():
+            term.check(f"model.objectives.{name}")
             term.setup(self)
         self._apart = any(term.token == "distillation" for term in self.terms.values())
         self.backbone.keep(self.read_parts())

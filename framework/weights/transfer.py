@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,8 +139,10 @@ def write_weights(path: Path, task: nn.Module, card: Mapping[str, Any]) -> None:
     tensors = {key: value.contiguous() for key, value in task.state_dict().items() if key.startswith(OURS)}
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in card.items() if value}
     save_file(tensors, path, metadata=text)
-    path.with_suffix(".md").write_text(
+    card_path = path.with_suffix(".md")
+    card_path.write_text(
         f"# {path.stem}\n\n" + "".join(f"- {key}: {value}\n" for key, value in text.items() if key != "config")
         + (f"\n```yaml\n{text['config']}```\n" if "config" in text else ""),
         encoding="utf-8",
     )  # fmt: skip
+    shutil.copymode(card_path, path)  # safetensors leaves it to its owner alone, whatever the umask
