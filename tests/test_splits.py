@@ -199,9 +199,13 @@ def test_a_run_stores_its_splits_and_goes_on_with_them(tmp_path: Path, capsys: A
           "--trainer.max_epochs=2"]  # fmt: skip
     capsys.readouterr()
     assert main([*on, "--data.split_seed=3"]) == 2
+    assert "was made with another config: data.split_seed: (not set) → 3" in capsys.readouterr().err
+    save(path, count=43)
+    assert main(on) == 2
     assert "error: data: the training split is not the one this run began with" in capsys.readouterr().err
+    save(path)
     assert stored(folder)["splits"] == splits
-    assert main([*on, "--data.split_seed=0"]) == 0
+    assert main(on) == 0
 
 
 # Class names of stored files
