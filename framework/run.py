@@ -123,14 +123,8 @@ def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-# What the Trainer takes and then ends in the midst of a run with, or trains nothing: the least that it needs.
-LEAST = {
-    "accumulate_grad_batches": 1,
-    "check_val_every_n_epoch": 1,
-    "gradient_clip_val": 0,
-    "limit_train_batches": 1e-9,
-    "val_check_interval": 1e-9,
-}
+# With 0 of these the Trainer trains or validates nothing, or ends in the midst of a run.
+ABOVE_0 = ("accumulate_grad_batches", "check_val_every_n_epoch", "limit_train_batches", "val_check_interval")
 
 # A study is planned on a machine that may lack what its runs will have.
 ANYWHERE: dict[str, Any] = {
@@ -170,11 +164,10 @@ def check(
     given = document["trainer"]
     if not given.get("fast_dev_run") and max(given.get("max_epochs") or 0, given.get("max_steps") or 0) < 1:
         raise ConfigError("trainer.max_epochs: nothing says how long to train; set it, as --trainer.max_epochs=300")
-    for name, least in LEAST.items():
+    for name in (*ABOVE_0, "gradient_clip_val"):
         value = given.get(name)
-        if isinstance(value, int | float) and value < least:
-            raise ConfigError(f"trainer.{name}: got {value}, must be {'above' if least == 1e-9 else 'at least'} "
-                              f"{least:.0f}")  # fmt: skip
+        if isinstance(value, int | float) and (value < 0 or (value == 0 and name in ABOVE_0)):
+            raise ConfigError(f"trainer.{name}: got {value}, must be {'above' if name in ABOVE_0 else 'at least'} 0")
     check_validated(given)
     model = meta_model(document)
     if checkpoint:
